@@ -1,0 +1,635 @@
+"""The words the house is built of: facts that reach the core, effects that leave it.
+
+Pure values. Every fact carries its instant (`at`, `began`, `ended`: seconds on
+the monotonic clock); the core never asks for the time. Paths are root-relative
+POSIX strings, split into directory ("" is the root itself) and name, because
+the disk, the journal and the watcher all think in directories. A byte that is
+no UTF-8 is carried as its surrogate escape.
+
+Facts and effects on the per-file path travel as one object per directory, with
+plain tuples inside: an object per file would cost more than the look itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+# A look's result: size in bytes, mtime_ns, ctime_ns, inode. Compared for
+# equality only; instrument clocks are wrong. The inode is 0 where the file
+# system invents it (SMB).
+State = tuple[int, int, int, int]
+
+# Who wants a file: (rule id, newest batch of that rule which claimed an *other*
+# version of this path, or 0). A negative rule id means: as a marker of that rule.
+Want = tuple[int, int]
+
+# name, state (None: absent, in a listing or look that succeeded), wants
+Row = tuple[str, State | None, tuple[Want, ...]]
+
+# Ages of claims: what a claim's batch column says when no batch took it.
+CLAIM_BASELINE = 0  # there when the rule was first accepted with `existing: ignore`
+CLAIM_SKIPPED = -1  # `files skip`
+CLAIM_MARKER = -2  # a marker version that acted
+CLAIM_REWRITE_IGNORED = -3  # `on_rewrite: ignore`
+
+Cause = Literal["hint", "deadline", "sweep"]
+Signal = Literal["none", "close", "rename"]
+Health = Literal["ok", "degraded", "suspect", "lost", "returned"]
+
+
+def join(directory: str, name: str) -> str:
+    """Return the root-relative path of a name in a directory."""
+    return f"{directory}/{name}" if directory else name
+
+
+def split(path: str) -> tuple[str, str]:
+    """Return directory and name of a root-relative path."""
+    directory, _, name = path.rpartition("/")
+    return directory, name
+
+
+class RunState(StrEnum):
+    """Where a run stands; the moves between are the table in `core/lifecycle.py`."""
+
+    PENDING = "PENDING"
+    STARTING = "STARTING"
+    ACTIVE = "ACTIVE"
+    INACTIVE = "INACTIVE"
+    SUCCEEDED = "SUCCEEDED"
+    VERIFIED = "VERIFIED"
+    HELD = "HELD"
+    CANCELLING = "CANCELLING"
+    CANCELLED = "CANCELLED"
+    ABANDONED = "ABANDONED"
+    SUPERSEDED = "SUPERSEDED"
+
+
+class Verdict(StrEnum):
+    """What a completeness check says; the worst of a set is the set's."""
+
+    COMPLETE = "complete"
+    UNKNOWN = "unknown"
+    SUSPECT = "suspect"
+    INCOMPLETE = "incomplete"
+
+
+class Scope(StrEnum):
+    """What a fault is about, and so what else it stops."""
+
+    FILE = "file"
+    BATCH = "batch"
+    DESTINATION = "destination"
+    CREDENTIAL = "credential"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why an attempt did not succeed, and who can mend it."""
+
+    kind: Literal["transient", "permanent", "person"]
+    why: str
+    hint: str = ""
+    scope: Scope = Scope.BATCH
+    retry_after_s: float | None = None  # the provider's own wish
+    counts: bool = True  # whether it burns an attempt
+
+
+# --------------------------------------------------------------------------- facts
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One look at some names of one directory.
+
+    `as_of`: the newest batch id whose claims were joined out of `rows` (a
+    fully claimed version does not appear, or appears with empty wants when it
+    was asked for by a `Look`); -1 when claims were not consulted.
+    """
+
+    root: int
+    dir: str
+    rows: Sequence[Row]
+    began: float
+    ended: float
+    cause: Cause
+    signal: Signal = "none"
+    as_of: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Names that could not be looked at (EACCES, sharing violation, EIO): not yet, never gone."""
+
+    root: int
+    dir: str
+    names: tuple[str, ...]
+    why: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """A sweep ended. `ok` only if the root was healthy before and after and every directory answered.
+
+    `watermark` is the instant it started. `asked` is the largest `Sweep.ask` it covers.
+    """
+
+    root: int
+    full: bool
+    watermark: float
+    ended: float
+    ok: bool
+    files: int = 0
+    asked: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RootChanged:
+    """A root's health changed, or its source of hints did."""
+
+    root: int
+    health: Health
+    why: str
+    hint: str
+    events: str  # inotify | watchdog | none
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A root's worker has answered everything it was asked before; its claims are read as of this batch."""
+
+    root: int
+    as_of: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """All checks of one file (or of one companion) answered, about exactly `state`."""
+
+    rule: int
+    root: int
+    path: str
+    state: State
+    verdict: Verdict
+    why: str
+    at: float
+    needs: tuple[str, ...] = ()  # names, relative to the file's directory
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; `utc` pairs the monotonic instant with the wall clock (Unix seconds)."""
+
+    at: float
+    utc: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    run: int
+    attempt: int
+    prepared: Any  # opaque JSON
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The provider took the attempt; `handle` is what it is recognised by from now on (opaque JSON)."""
+
+    run: int
+    attempt: int
+    handle: Any
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """The provider surely did not take the attempt (from prepare, start or find)."""
+
+    run: int
+    attempt: int
+    fault: Fault
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StartUnknown:
+    """The answer was lost: the attempt may or may not be under way."""
+
+    run: int
+    attempt: int
+    why: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Polled:
+    """What the provider says of a live attempt. `changed`: members that were no longer the version of the manifest."""
+
+    run: int
+    attempt: int
+    status: Literal["active", "inactive", "succeeded", "failed", "cancelled", "unreachable"]
+    at: float
+    why: str = ""
+    hint: str = ""
+    fault: Fault | None = None
+    files_done: int = 0
+    bytes_done: int = 0
+    output: Any = None
+    changed: tuple[str, ...] = ()
+    again_in_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """The destination equals the manifest. `members`: JSON-able records with at least path, size, digest, to."""
+
+    run: int
+    attempt: int
+    members: Sequence[Mapping[str, Any]]
+    at: float
+    changed: tuple[str, ...] = ()  # members left out because they have a newer version or are gone
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """These members do not match at the destination; `changed` ones no longer match at the source."""
+
+    run: int
+    attempt: int
+    which: Mapping[str, str]  # path -> why
+    at: float
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CannotVerify:
+    """No proof could be had this time (`fault` says whether later may be better)."""
+
+    run: int
+    attempt: int
+    fault: Fault
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A person's wish, or a question that only the live engine can answer."""
+
+    id: int
+    verb: str
+    args: Mapping[str, Any]
+    who: str
+    why: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RulesOffered:
+    """A rule set was read without a fault (`rules`) or with faults (`fault`: file, line, column, message, hint)."""
+
+    rules: tuple[Any, ...]  # core.rules.Rule
+    roots: Mapping[str, int]  # watch path -> root id
+    source: Any  # what the journal keeps of it (JSON)
+    at: float
+    fault: Mapping[str, Any] | None = None
+    applied: str = ""  # '' | same | all | new : answer of `rules apply`
+
+
+@dataclass(frozen=True, slots=True)
+class Gauged:
+    """A reading of one volume."""
+
+    volume: str
+    free_bytes: int
+    total_bytes: int
+    at: float
+    free_inodes: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Vanished:
+    """A full sweep of a healthy root listed this directory without these claimed names (None: it is gone itself)."""
+
+    root: int
+    dir: str
+    names: tuple[str, ...] | None
+    at: float
+
+
+Fact = (
+    Seen | Unreadable | Vanished | Swept | RootChanged | Marked | Checked | Tick | Prepared | Started | NotStarted
+    | StartUnknown | Polled | Proved | Mismatch | CannotVerify | Order | RulesOffered | Gauged
+)
+
+
+# ------------------------------------------------------------------------- effects
+# Records are written by the journal, all of a step in one commit; every other
+# effect is carried out only after that commit.
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file version in a batch. `role`: '' the file itself, companion, shared; `flag`: '' or suspect."""
+
+    root: int
+    dir: str
+    name: str
+    size: int
+    mtime_ns: int
+    role: str = ""
+    flag: str = ""
+
+    @property
+    def path(self) -> str:
+        return join(self.dir, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchClosed:
+    """Record: a closed batch, its claims, and its run (PENDING)."""
+
+    batch: int
+    rule: int
+    group: Mapping[str, str]
+    reason: str
+    time: float  # UTC
+    members: Sequence[Member]
+    bytes: int
+    request: Mapping[str, Any]  # action, options rendered for this batch
+    destination: str
+    waits_on: tuple[int, ...] = ()  # runs that must end first (an earlier version of the same file)
+    again: bool = False  # `files resend`: claims exist already and move to this batch
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Record: versions dealt with for a rule without a batch; `code` is a CLAIM_* value."""
+
+    rule: int
+    root: int
+    dir: str
+    rows: Sequence[tuple[str, int, int]]  # name, size, mtime_ns
+    code: int
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunMoved:
+    """Record: a transition. Fields that are None stay as they are."""
+
+    run: int
+    from_state: RunState
+    to_state: RunState
+    because: str
+    time: float
+    final: bool
+    error: str | None = None
+    hint: str | None = None
+    attempts: int | None = None
+    output: Any = None
+    retry_time: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptMade:
+    """Record: everything needed to recognise an attempt, before the provider is asked."""
+
+    run: int
+    attempt: int
+    prepared: Any
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptChanged:
+    """Record: an attempt's handle, or its end."""
+
+    run: int
+    attempt: int
+    handle: Any = None
+    ended_time: float | None = None
+    outcome: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProofKept:
+    """Record: the proof of an attempt."""
+
+    run: int
+    attempt: int
+    members: Sequence[Mapping[str, Any]]
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineSet:
+    rule: int
+    root: int
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSet:
+    """Record: a durable mark on a rule's group. kind: taken (`only_first` closed), succeeded (for `after`), at (last `batch.at`)."""
+
+    rule: int
+    group: str  # canonical JSON
+    kind: str
+    batch: int
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupForgotten:
+    rule: int
+    group: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class AlarmRaised:
+    key: str
+    what: str
+    hint: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class AlarmCleared:
+    key: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class AlarmAcked:
+    key: str
+    who: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Record: a small durable setting (pauses, accepted decisions)."""
+
+    key: str
+    value: Any  # None removes it
+
+
+@dataclass(frozen=True, slots=True)
+class RulesAccepted:
+    source: Any
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """Record: an order that was carried out or refused."""
+
+    id: int
+    verb: str
+    args: Mapping[str, Any]
+    who: str
+    why: str
+    answer: Mapping[str, Any]
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Record: delete the claims of these vanished names (None: of the directory) whose runs are final and older than `before`."""
+
+    root: int
+    dir: str
+    names: tuple[str, ...] | None
+    before: float  # UTC
+
+
+RECORDS = (
+    Forgotten, BatchClosed, Claimed, RunMoved, AttemptMade, AttemptChanged, ProofKept, BaselineSet, GroupSet,
+    GroupForgotten, AlarmRaised, AlarmCleared, AlarmAcked, Kept, RulesAccepted, Ordered,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Look at these names now and answer with `Seen(cause='deadline')`, claims joined, absent ones included."""
+
+    root: int
+    dir: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Sweep the root from now on; `Swept.asked` >= `ask` answers it."""
+
+    root: int
+    full: bool
+    ask: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Ask a root's worker for `Marked`, behind all it was asked before."""
+
+    root: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoldSweeps:
+    """The core has enough to chew: sweeps wait (looks and hints go on)."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Run the checks on one file; answered by `Checked` with the same rule, root, path and state."""
+
+    rule: int
+    root: int
+    path: str
+    state: State
+    checks: tuple[tuple[str, Mapping[str, Any]], ...]
+    companions: tuple[tuple[int, str], ...] = ()  # (root, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    run: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    run: int
+    attempt: int
+    prepared: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    """The answer to `Start` was lost: look for the attempt, or repeat it identically."""
+
+    run: int
+    attempt: int
+    prepared: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    run: int
+    attempt: int
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    run: int
+    attempt: int
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    run: int
+    attempt: int
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to an order or a question; `ok` false carries `error` and `hint`."""
+
+    order: int
+    answer: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class UseRules:
+    """Scanner, hints and executor work with this rule set from now on."""
+
+    rules: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """One log line: a constant event name and its keys."""
+
+    event: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    level: Literal["info", "warning", "error"] = "info"
+
+
+Effect = (
+    Forgotten | BatchClosed | Claimed | RunMoved | AttemptMade | AttemptChanged | ProofKept | BaselineSet | GroupSet
+    | GroupForgotten | AlarmRaised | AlarmCleared | AlarmAcked | Kept | RulesAccepted | Ordered
+    | Look | Sweep | Mark | HoldSweeps | Check | Prepare | Start | Find | Poll | Cancel | Verify | Answer | UseRules | Log
+)
