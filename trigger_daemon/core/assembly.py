@@ -26,7 +26,7 @@ from trigger_daemon.core.model import (
     Look,
     Sweep,
 )
-from trigger_daemon.core.settle import BATCHED, BLOCKED, CLOSING, COMPLETE, Companion, Member, Settling
+from trigger_daemon.core.settle import BATCHED, BLOCKED, CLOSING, COMPLETE, SETTLING, Companion, Member, Settling
 
 if TYPE_CHECKING:
     from trigger_daemon.core.rules import Batch, Rule
@@ -199,14 +199,17 @@ class Assembly:
                         self._soon(open_)
                     break
         elif member.stage == COMPLETE:
-            for open_ in (self.groups.get(self.group_of(member)), *self.closings):
-                if open_ and member in open_.members:
-                    self._remove(open_, member)
+            for holding in (self.groups.get(self.group_of(member)), *self.closings):
+                if holding and member in holding.members:
+                    self._remove(holding, member)
         if self.pending:
             for pending in self.pending:
                 if member in pending.waits:
                     pending.waits.discard(member)
-                    self.timers.set((self, pending), 0.0, lambda now, p=pending: self._try_pending(p, now))
+                    self._try_soon(pending)
+
+    def _try_soon(self, pending: PendingClose) -> None:
+        self.timers.set((self, pending), 0.0, lambda now: self._try_pending(pending, now))
 
     def _soon(self, open_: Open) -> None:
         self.timers.set((self, open_, "soon"), 0.0, lambda now: self._all_answered(open_, now))
@@ -338,7 +341,7 @@ class Assembly:
             members = members[: spec.only_first]
             newer = self.groups.pop(open_.group, None)
             for late in [*list(open_.members)[spec.only_first :], *(newer.members if newer else ())]:
-                late.stage = BLOCKED  # any stage outside a batch; dropped at once
+                late.stage = SETTLING  # no batch holds it any more
                 late.home.drop(late)
         group = self.named(open_.group)
         batch = self._close_now(members, group, open_.closing, at)
@@ -374,7 +377,8 @@ class Assembly:
         for member in members:
             member.stage = BATCHED
             member.batch = batch
-            member.companions = ()
+            if member.companions:
+                member.home.release(member)
         return batch
 
     def close_group(self, captures: Mapping[str, str], reason: str, at: float) -> int:

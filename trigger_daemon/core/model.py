@@ -511,8 +511,17 @@ class Forgotten:
     before: float  # UTC
 
 
+@dataclass(frozen=True, slots=True)
+class ClaimsCarried:
+    """Record: a rule's root moved and holds the same files: what was claimed below the old one is claimed below the new."""
+
+    rule: int
+    from_root: int
+    to_root: int
+
+
 RECORDS = (
-    Forgotten, BatchClosed, Claimed, RunMoved, AttemptMade, AttemptChanged, ProofKept, BaselineSet, GroupSet,
+    ClaimsCarried, Forgotten, BatchClosed, Claimed, RunMoved, AttemptMade, AttemptChanged, ProofKept, BaselineSet, GroupSet,
     GroupForgotten, AlarmRaised, AlarmCleared, AlarmAcked, Kept, RulesAccepted, Ordered,
 )
 
@@ -629,7 +638,7 @@ class Log:
 
 
 Effect = (
-    Forgotten | BatchClosed | Claimed | RunMoved | AttemptMade | AttemptChanged | ProofKept | BaselineSet | GroupSet
+    ClaimsCarried | Forgotten | BatchClosed | Claimed | RunMoved | AttemptMade | AttemptChanged | ProofKept | BaselineSet | GroupSet
     | GroupForgotten | AlarmRaised | AlarmCleared | AlarmAcked | Kept | RulesAccepted | Ordered
     | Look | Sweep | Mark | HoldSweeps | Check | Prepare | Start | Find | Poll | Cancel | Verify | Answer | UseRules | Log
 )

@@ -181,7 +181,7 @@ class Settling:
 
     def answered(self, fact: Seen) -> None:
         """Take the answer to a `Look`: claims are joined, absent names are rows without a state."""
-        members = self.dirs.get(fact.dir)
+        members = self.dirs.get(fact.dir) if fact.root == self.root else None
         if members:
             for name, state, wants in fact.rows:
                 member = members.get(name)
@@ -530,6 +530,10 @@ class Settling:
             del self.dirs[member.dir]
         self.count -= 1
         self._settled(member)
+        self.release(member)
+
+    def release(self, member: Member) -> None:
+        """Look for the file's companions no more."""
         for companion in member.companions:
             place = (companion.root, companion.dir)
             names = self.awaited.get(place, {})
@@ -539,6 +543,7 @@ class Settling:
                     del names[companion.name]
                 if not names:
                     self.awaited.pop(place, None)
+        member.companions = ()
 
     def members(self) -> Iterator[Member]:
         """Yield every file that is known here."""

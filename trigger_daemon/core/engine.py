@@ -1,0 +1,874 @@
+"""The core as one object: `step(fact) -> effects`, `next_deadline()`, `restore()`.
+
+Pure. It owns every decision and touches nothing: what it wants written or done
+it returns. The loop commits the records of a step before it carries the other
+effects out, so whatever the world is asked was first remembered.
+"""
+
+from __future__ import annotations
+
+import datetime
+import zoneinfo
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from trigger_daemon.core import patterns
+from trigger_daemon.core.alarms import Alarms
+from trigger_daemon.core.assembly import Assembly, canonical, companion_records, record_of
+from trigger_daemon.core.model import (
+    CLAIM_BASELINE,
+    Answer,
+    BaselineSet,
+    BatchClosed,
+    CannotVerify,
+    Checked,
+    Claimed,
+    ClaimsCarried,
+    Effect,
+    Fact,
+    Forgotten,
+    Gauged,
+    GroupSet,
+    HoldSweeps,
+    Kept,
+    Log,
+    Mark,
+    Marked,
+    Mismatch,
+    NotStarted,
+    Order,
+    Ordered,
+    Polled,
+    Prepared,
+    Proved,
+    RootChanged,
+    Row,
+    RulesAccepted,
+    RulesOffered,
+    RunState,
+    Seen,
+    Started,
+    StartUnknown,
+    Sweep,
+    Swept,
+    Tick,
+    Unreadable,
+    UseRules,
+    Vanished,
+)
+from trigger_daemon.core.rules import Rule
+from trigger_daemon.core.runs import Run, Runs
+from trigger_daemon.core.saved import OpenRun, Saved
+from trigger_daemon.core.settle import BLOCKED, COMPLETE, INCOMPLETE, SETTLING, SUSPECT, Member, Settling
+from trigger_daemon.core.timers import Timers
+
+SETTLING_HIGH = 100_000  # files in their quiet period at which sweeps wait: about 60 MB
+SETTLING_LOW = 50_000
+PRUNE_EVERY_S = 0.5
+TELL_EVERY_S = 1.0
+LISTED_MAX = 10_000  # files in one answer
+
+AWAY = frozenset({"lost", "suspect"})
+
+_STAGE = {
+    "settling": "settling", "awaiting": "incomplete", "checking": "settling", "incomplete": "incomplete",
+    "suspect": "incomplete", "blocked": "blocked", "complete": "waiting", "closing": "waiting", "batched": "batched",
+}  # fmt: skip
+
+
+class Providers(Protocol):
+    """What the core must know of actions, without touching one."""
+
+    def prepares(self, action: str) -> bool: ...
+    def templates(self, action: str) -> frozenset[str]: ...
+    def extra_names(self, action: str) -> tuple[str, ...]: ...
+    def destination(self, action: str, options: Mapping[str, Any]) -> str: ...
+
+
+class Engine:
+    """All decisions of one daemon."""
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        providers: Providers,
+        rand: Callable[[], float],
+        runs_max: int = 4,
+        time_zone: str = "UTC",
+        keep_done_s: float = 90 * 86_400.0,
+    ) -> None:
+        self.host = host
+        self.providers = providers
+        self.keep_done_s = keep_done_s
+        self._zone = zoneinfo.ZoneInfo(time_zone)
+        self._out: list[Effect] = []
+        self._offset = 0.0  # UTC minus monotonic
+        self._now = 0.0
+        self.timers = Timers()
+        self.alarms = Alarms(self._out, self._utc)
+        self.marks: dict[tuple[int, str, str], tuple[int, float]] = {}
+        self.runs = Runs(
+            timers=self.timers, out=self._out, alarms=self.alarms, utc=self._utc, rand=rand, marks=self.marks,
+            runs_max=runs_max, prepares=providers.prepares,
+        )  # fmt: skip
+        self.rules: dict[str, Rule] = {}
+        self.assemblies: dict[int, Assembly] = {}
+        self.roots: dict[str, int] = {}
+        self.root_paths: dict[int, str] = {}
+        self.root_health: dict[int, RootChanged] = {}
+        self.rules_fault: Mapping[str, Any] | None = None
+        self.undecided: dict[str, Mapping[str, Any]] = {}  # rule -> what `rules apply` must answer
+        self._offered: RulesOffered | None = None
+        self._settlings: dict[int, Settling] = {}
+        self._by_root: dict[int, list[Settling]] = {}
+        self._baselines: set[tuple[int, int]] = set()
+        self._baseline_asks: dict[tuple[int, int], tuple[int, bool]] = {}  # -> ask, whether what is there is left out
+        self._ask = 0
+        self._last_batch = 0
+        self._holding = False
+        self._batched: dict[int, deque[tuple[int, list[Member]]]] = {}
+        self._marking: set[int] = set()
+        self._marked_at = 0.0
+        self._told_at = 0.0
+        self._restored: Sequence[OpenRun] = ()
+        self._rule_names: Mapping[int, str] = {}
+        self._steps: dict[type, Callable[[Any], None]] = {
+            Seen: self._seen, Unreadable: self._unreadable, Vanished: self._vanished, Swept: self._swept,
+            RootChanged: self._root_changed, Marked: self._marked, Checked: self._checked, Tick: self._tick,
+            Prepared: self.runs.prepared, Started: self.runs.started, NotStarted: self.runs.not_started,
+            StartUnknown: self.runs.start_unknown, Polled: self.runs.polled, Proved: self.runs.proved,
+            Mismatch: self.runs.mismatch, CannotVerify: self.runs.cannot_verify, Order: self._order,
+            RulesOffered: self._rules_offered, Gauged: lambda fact: None,
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------- time
+
+    def _utc(self, at: float) -> float:
+        return at + self._offset
+
+    def next_deadline(self) -> float | None:
+        """Return the instant at which a `Tick` has something to do."""
+        ends = [self.timers.next()]
+        ends += [settling.deadline() for settling in self._settlings.values()]
+        if self._batched:
+            ends.append(self._marked_at + PRUNE_EVERY_S)
+        known = [end for end in ends if end is not None]
+        return min(known) if known else None
+
+    # ------------------------------------------------------------------- step
+
+    def step(self, fact: Fact) -> list[Effect]:
+        """Take one fact; return what is to be written and done, in order."""
+        self._steps[type(fact)](fact)
+        if self.runs.dirty:
+            self.runs.admit(self._instant(fact))
+        effects = self._out[:]
+        self._out.clear()
+        return effects
+
+    def _instant(self, fact: Fact) -> float:
+        at: float = fact.ended if isinstance(fact, (Seen, Swept)) else fact.at
+        self._now = max(self._now, at)
+        return self._now
+
+    def restore(self, saved: Saved, at: float, utc: float) -> None:
+        """Take what the journal knows, before the first rules are offered."""
+        self._offset, self._now = utc - at, at
+        self._last_batch = saved.last_batch
+        self._baselines = set(saved.baselines)
+        self.marks.update({(m.rule, m.group, m.kind): (m.batch, m.time) for m in saved.groups})
+        self.alarms.restore(saved.alarms, at)
+        for (rule, state), counts in saved.tally.items():
+            self.runs.tally[(rule, state)] = list(counts)
+        if paused := saved.kept.get("paused"):
+            self.runs.paused_all = str(paused)
+        self.runs.paused_rules = set(saved.kept.get("paused_rules") or ())
+        self._rule_names = saved.rules
+        self.root_paths.update(saved.roots)
+        self._restored = saved.runs  # taken up when the first rules are known: `after` and limits hold for them
+
+    def _tick(self, fact: Tick) -> None:
+        self._now = max(self._now, fact.at)
+        self._offset = fact.utc - fact.at
+        for settling in self._settlings.values():
+            settling.expire(fact.at)
+        self.timers.run(fact.at)
+        if self._batched and fact.at - self._marked_at >= PRUNE_EVERY_S:
+            self._marked_at = fact.at
+            for root in self._batched.keys() - self._marking:
+                self._marking.add(root)
+                self._out.append(Mark(root))
+        if fact.at - self._told_at >= TELL_EVERY_S:
+            self._told_at = fact.at
+            self._tell_blocked(fact.at)
+        self._balance_sweeps()
+
+    # ------------------------------------------------------------------ looks
+
+    def _seen(self, fact: Seen) -> None:
+        if fact.cause == "deadline":
+            for settling in self._by_root.get(fact.root, ()):
+                settling.answered(fact)
+            return
+        rows = fact.rows
+        if not rows:
+            return
+        first = rows[0][2]
+        if all(row[2] is first for row in rows):
+            self._found(fact, rows, first)
+        else:
+            by_wants: dict[tuple[tuple[int, int], ...], list[Row]] = {}
+            for row in rows:
+                by_wants.setdefault(row[2], []).append(row)
+            for wants, some in by_wants.items():
+                self._found(fact, some, wants)
+        if fact.cause == "sweep":
+            self._balance_sweeps()
+
+    def _found(self, fact: Seen, rows: Sequence[Row], wants: tuple[tuple[int, int], ...]) -> None:
+        for rule, earlier in wants:
+            settling = self._settlings.get(rule)
+            if settling is None or settling.root != fact.root:
+                continue
+            if fact.cause == "sweep" and self._baseline_asks.get((rule, fact.root), (0, False))[1]:
+                rows_left = self._take_baseline(settling, fact, rows)
+                if rows_left:
+                    settling.found(fact, rows_left, earlier)
+            else:
+                settling.found(fact, rows, earlier)
+
+    def _take_baseline(self, settling: Settling, fact: Seen, rows: Sequence[Row]) -> Sequence[Row]:
+        """`existing: ignore`: what the first complete sweep finds, and no hint has named, was there before."""
+        known = settling.dirs.get(fact.dir, {})
+        old = [(name, state[0], state[1]) for name, state, _ in rows if state is not None and name not in known]
+        if old:
+            self._out.append(
+                Claimed(settling.key, fact.root, fact.dir, old, CLAIM_BASELINE, self._utc(fact.ended))
+            )
+        return [row for row in rows if row[0] in known]
+
+    def _unreadable(self, fact: Unreadable) -> None:
+        for settling in self._by_root.get(fact.root, ()):
+            if settling.root == fact.root:
+                settling.unread(fact.dir, fact.names, fact.why, fact.at)
+
+    def _vanished(self, fact: Vanished) -> None:
+        before = self._utc(fact.at) - self.keep_done_s
+        self._out.append(Forgotten(fact.root, fact.dir, fact.names, before))
+
+    def _checked(self, fact: Checked) -> None:
+        settling = self._settlings.get(fact.rule)
+        if settling is not None:
+            settling.checked(fact)
+
+    def _marked(self, fact: Marked) -> None:
+        """No look from before these batches' claims is under way any more: their files may be let go."""
+        self._marking.discard(fact.root)
+        queue = self._batched.get(fact.root)
+        while queue and queue[0][0] <= fact.as_of:
+            batch, members = queue.popleft()
+            for member in members:
+                if member.stage == "batched" and member.batch == batch:
+                    member.home.drop(member)
+        if queue is not None and not queue:
+            del self._batched[fact.root]
+
+    def _balance_sweeps(self) -> None:
+        waiting = sum(len(settling.queue) for settling in self._settlings.values())
+        if not self._holding and waiting > SETTLING_HIGH:
+            self._holding = True
+            self._out.append(HoldSweeps(True))
+        elif self._holding and waiting < SETTLING_LOW:
+            self._holding = False
+            self._out.append(HoldSweeps(False))
+
+    # ----------------------------------------------------------------- sweeps
+
+    def _next_ask(self) -> int:
+        self._ask += 1
+        return self._ask
+
+    def _swept(self, fact: Swept) -> None:
+        if not (fact.ok and fact.full):
+            return
+        for (rule, root), (ask, _) in list(self._baseline_asks.items()):
+            if root == fact.root and ask <= fact.asked:
+                del self._baseline_asks[(rule, root)]
+                self._baselines.add((rule, root))
+                self._out.append(BaselineSet(rule, root, self._utc(fact.ended)))
+        for assembly in self.assemblies.values():
+            if assembly.root == fact.root:
+                assembly.swept(fact.asked, fact.ended)
+
+    def _root_changed(self, fact: RootChanged) -> None:
+        before = self.root_health.get(fact.root)
+        self.root_health[fact.root] = fact
+        was_away = before is not None and before.health in AWAY
+        path = self.root_paths.get(fact.root, f"root {fact.root}")
+        if fact.health in AWAY or fact.health == "degraded":
+            self.alarms.raised(f"root:{path}", f"{path} is {fact.health}: {fact.why}", fact.hint, fact.at)
+        elif fact.health == "ok":
+            self.alarms.clear(f"root:{path}", fact.at)
+        if before is None or before.health != fact.health:
+            self._out.append(Log("root.changed", {"root": path, "health": fact.health, "why": fact.why}))
+        for assembly in self.assemblies.values():
+            if assembly.root != fact.root:
+                continue
+            if fact.health in AWAY and not was_away:
+                assembly.root_away()
+            elif fact.health not in AWAY and was_away:
+                assembly.root_back(fact.at)
+
+    # ---------------------------------------------------------------- batches
+
+    def _close(self, assembly: Assembly, members: list[Member], group: Mapping[str, str], reason: str, at: float) -> int:
+        return self._make_batch(assembly, members, group, reason, at, again=False)
+
+    def _make_batch(
+        self, assembly: Assembly, members: list[Member], group: Mapping[str, str], reason: str, at: float, *, again: bool
+    ) -> int:
+        self._last_batch += 1
+        batch = self._last_batch
+        rule = assembly.rule
+        records = [record_of(assembly, member) for member in members]
+        waits_on: set[int] = set()
+        for member in members:
+            if member.earlier > 0 and self.runs.newer_version(member.earlier, member.path, at):
+                waits_on.add(member.earlier)
+            if member.companions:
+                records += companion_records(member)
+        unique = {(record.root, record.dir, record.name): record for record in reversed(records)}
+        records = list(unique.values())[::-1] if len(unique) != len(records) else records
+        size = sum(record.size for record in records)
+        captures = dict(group) if rule.batch else assembly.captures(members[0])
+        request = self.request(rule, captures, batch, at)
+        destination = self.providers.destination(rule.action, request["options"])
+        shown = dict(group) if rule.batch else {}
+        self._out.append(
+            BatchClosed(batch, rule.id, shown, reason, self._utc(at), records, size, request, destination,
+                        tuple(sorted(waits_on)), again)  # fmt: skip
+        )
+        self.runs.add(
+            Run(batch, rule.name, rule.id, shown, request, destination, len(records), size, waits_on=waits_on), at
+        )
+        if not again:
+            self._batched.setdefault(assembly.root, deque()).append((batch, members))
+        return batch
+
+    def request(self, rule: Rule, captures: Mapping[str, str], batch: int, at: float) -> dict[str, Any]:
+        """Return what the run is to do, with every template rendered; frozen in the journal."""
+        day = datetime.datetime.fromtimestamp(self._utc(at), self._zone).date().isoformat()
+        values = {**captures, "rule": rule.name, "batch": str(batch), "host": self.host, "date": day}
+        for name in self.providers.extra_names(rule.action):
+            values[name] = "{" + name + "}"  # the action's own, filled in when it starts
+        templates = self.providers.templates(rule.action)
+        options = {
+            name: patterns.render_all(value, values) if name in templates else value for name, value in rule.options.items()
+        }
+        return {
+            "rule": rule.name, "group": dict(captures) if rule.batch else {}, "action": rule.action,
+            "options": options, "captures": dict(captures), "proof": rule.proof,
+            "retry": asdict(rule.retry), "bandwidth": rule.bandwidth,
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------ rules
+
+    def _rules_offered(self, fact: RulesOffered) -> None:
+        if fact.fault is not None:
+            self.rules_fault = fact.fault
+            where = f"{fact.fault.get('file')}:{fact.fault.get('line')}:{fact.fault.get('column')}"
+            self.alarms.raised(
+                "rules", f"the rule files have a fault, the last good rules go on: {where}: {fact.fault.get('message')}",
+                str(fact.fault.get("hint", "")), fact.at,
+            )  # fmt: skip
+            return
+        self.rules_fault = None
+        self.alarms.clear("rules", fact.at)
+        self.roots = dict(fact.roots)
+        self.root_paths.update({number: path for path, number in fact.roots.items()})
+        moved = {} if fact.applied else self._moved(fact)
+        self.undecided = moved
+        rules = [self.rules[rule.name] if rule.name in moved else rule for rule in fact.rules]
+        if moved:
+            self._offered = fact
+            names = ", ".join(sorted(moved))
+            self.alarms.raised(
+                "rules-apply", f"a changed root would start work again for files already done: {names}",
+                "`trigger-daemon rules apply` shows the numbers and asks: same, all or new", fact.at,
+            )  # fmt: skip
+        else:
+            self._offered = None
+            self.alarms.clear("rules-apply", fact.at)
+        self._use(rules, fact)
+        self._out.append(RulesAccepted(fact.source, self._utc(fact.at)))
+
+    def _moved(self, fact: RulesOffered) -> dict[str, Mapping[str, Any]]:
+        """Return the rules whose `watch` changed although they have claims in the old root."""
+        moved: dict[str, Mapping[str, Any]] = {}
+        for rule in fact.rules:
+            old = self.rules.get(rule.name)
+            if old is None or old.watch == rule.watch:
+                continue
+            done = sum(c[1] for (number, _), c in self.runs.tally.items() if number == rule.id)
+            if done:
+                moved[rule.name] = {"was": old.watch, "now": rule.watch, "files_done": done}
+        return moved
+
+    def _use(self, rules: Sequence[Rule], fact: RulesOffered) -> None:
+        new = {rule.name: rule for rule in rules}
+        fresh: set[int] = set()
+        for name, old in list(self.rules.items()):
+            if new.get(name) != old:
+                self._retire(old)
+        before = self.rules
+        for rule in rules:
+            root, was = self.roots[rule.watch], before.get(rule.name)
+            if rule.id not in self.assemblies:
+                assembly = Assembly(
+                    rule=rule, root=root, roots=self.roots, timers=self.timers, out=self._out, close=self._close,
+                    marks=self.marks, utc=self._utc, next_ask=self._next_ask,
+                )  # fmt: skip
+                health = self.root_health.get(root)
+                assembly.steady = health is None or health.health not in AWAY
+                self.assemblies[rule.id] = assembly
+                fresh.add(root)
+                self._schedule(assembly, fact.at)
+            if (rule.id, root) not in self._baselines and (rule.id, root) not in self._baseline_asks:
+                existing: str = rule.existing
+                if was and was.watch != rule.watch:
+                    existing = {"all": "process", "new": "ignore"}.get(fact.applied, rule.existing)
+                    if fact.applied == "same":
+                        self._out.append(ClaimsCarried(rule.id, self.roots[was.watch], root))
+                self._baseline_asks[(rule.id, root)] = (self._next_ask(), existing == "ignore")
+        self.rules = new
+        self.runs.use(list(rules))
+        if self._restored:
+            self.runs.restore(self._restored, self._rule_names, fact.at)
+            self._restored = ()
+        self._settlings = {}
+        self._by_root = {}
+        for assembly in self.assemblies.values():
+            for settling in (assembly.settling, assembly.markers):
+                if settling is None:
+                    continue
+                self._settlings[settling.key] = settling
+                roots = {settling.root, *(self.roots[spec.root] for spec in settling.specs if spec.root in self.roots)}
+                for number in roots:
+                    self._by_root.setdefault(number, []).append(settling)
+        self._out.append(UseRules(tuple(rules)))
+        asks = {root: ask for (_, root), (ask, _) in sorted(self._baseline_asks.items(), key=lambda item: item[1])}
+        for root in fresh | asks.keys():
+            self._out.append(Sweep(root, True, asks.get(root) or self._next_ask()))
+
+    def _retire(self, rule: Rule) -> None:
+        assembly = self.assemblies.pop(rule.id, None)
+        if assembly is None:
+            return
+        self.timers.cancel((rule.id, "at"))
+        for settling in (assembly.settling, assembly.markers):
+            if settling is not None:
+                for member in list(settling.members()):
+                    settling.drop(member)
+        for kind in ("stalled", "blocked"):
+            self.alarms.clear(f"{kind}:{rule.name}", self._now)
+
+    # ----------------------------------------------------------- times of day
+
+    def _schedule(self, assembly: Assembly, at: float) -> None:
+        spec = assembly.rule.batch
+        if not spec or not spec.at:
+            return
+        key = (assembly.rule.id, "", "at")
+        mark = self.marks.get(key)
+        due = self._last_due(spec.at, self._utc(at))
+        if mark is not None and mark[1] < due:
+            self._close_at(assembly, at, "missed while the daemon was down")
+        elif mark is None:
+            self.marks[key] = (0, self._utc(at))
+            self._out.append(GroupSet(assembly.rule.id, "", "at", 0, self._utc(at)))
+        self._arm(assembly, at)
+
+    def _arm(self, assembly: Assembly, at: float) -> None:
+        spec = assembly.rule.batch
+        assert spec is not None
+        wait = self._next_due(spec.at, self._utc(at)) - self._utc(at)
+        # At most an hour ahead: the wall clock may be set meanwhile.
+        self.timers.set((assembly.rule.id, "at"), at + min(max(wait, 0.05), 3_600.0), lambda now: self._at(assembly, now))
+
+    def _at(self, assembly: Assembly, now: float) -> None:
+        spec = assembly.rule.batch
+        assert spec is not None
+        mark = self.marks.get((assembly.rule.id, "", "at"), (0, 0.0))
+        due = self._last_due(spec.at, self._utc(now))
+        if mark[1] < due:
+            self._close_at(assembly, now, datetime.datetime.fromtimestamp(due, self._zone).strftime("%H:%M"))
+        self._arm(assembly, now)
+
+    def _close_at(self, assembly: Assembly, at: float, words: str) -> None:
+        time = self._utc(at)
+        self.marks[(assembly.rule.id, "", "at")] = (0, time)
+        self._out.append(GroupSet(assembly.rule.id, "", "at", 0, time))
+        assembly.close_after_sweep({}, f"at: {words}")
+
+    def _dues(self, times: Sequence[str], day: datetime.date) -> list[float]:
+        dues = []
+        for text in times:
+            hour, minute = text.split(":")
+            local = datetime.datetime.combine(day, datetime.time(int(hour), int(minute)), self._zone)
+            dues.append(local.timestamp())  # fold 0: once a day over clock changes
+        return dues
+
+    def _last_due(self, times: Sequence[str], utc: float) -> float:
+        today = datetime.datetime.fromtimestamp(utc, self._zone).date()
+        days = (today - datetime.timedelta(days=1), today)
+        return max(due for day in days for due in self._dues(times, day) if due <= utc)
+
+    def _next_due(self, times: Sequence[str], utc: float) -> float:
+        today = datetime.datetime.fromtimestamp(utc, self._zone).date()
+        days = (today, today + datetime.timedelta(days=1), today + datetime.timedelta(days=2))
+        return min(due for day in days for due in self._dues(times, day) if due > utc)
+
+    # ----------------------------------------------------------------- orders
+
+    def _order(self, order: Order) -> None:
+        handler = _ORDERS.get(order.verb)
+        if handler is None:
+            answer: dict[str, Any] = {"ok": False, "error": f"unknown order {order.verb!r}", "hint": ""}
+        else:
+            answer = handler(self, order)
+        if order.verb not in _QUESTIONS:
+            self._out.append(
+                Ordered(order.id, order.verb, order.args, order.who, order.why, answer, self._utc(order.at))
+            )
+        self._out.append(Answer(order.id, answer))
+
+    def _pause(self, order: Order) -> dict[str, Any]:
+        words = f"paused by {order.who}" + (f": {order.why}" if order.why else "")
+        self.runs.paused_all = words
+        self._out.append(Kept("paused", words))
+        self.alarms.raised("paused", words, "`trigger-daemon resume` lets everything go on", order.at)
+        return {"ok": True, "text": "paused: nothing new starts, copies stand still"}
+
+    def _resume(self, order: Order) -> dict[str, Any]:
+        self.runs.paused_all = ""
+        self._out.append(Kept("paused", None))
+        self.alarms.clear("paused", order.at)
+        self.runs.dirty = True
+        return {"ok": True, "text": "resumed"}
+
+    def _rules_pause(self, order: Order) -> dict[str, Any]:
+        return self._pause_rule(order, pause=True)
+
+    def _rules_resume(self, order: Order) -> dict[str, Any]:
+        return self._pause_rule(order, pause=False)
+
+    def _pause_rule(self, order: Order, *, pause: bool) -> dict[str, Any]:
+        name = str(order.args.get("rule", ""))
+        if name not in self.rules and name not in self.runs.paused_rules:
+            return _no(f"there is no rule {name!r}", "`trigger-daemon rules list` names them")
+        (self.runs.paused_rules.add if pause else self.runs.paused_rules.discard)(name)
+        self._out.append(Kept("paused_rules", sorted(self.runs.paused_rules) or None))
+        self.runs.dirty = True
+        return {"ok": True, "text": f"rule {name} is {'paused: its runs wait' if pause else 'resumed'}"}
+
+    def _batches_close(self, order: Order) -> dict[str, Any]:
+        assembly = self._assembly(str(order.args.get("rule", "")))
+        if assembly is None:
+            return _no(f"there is no rule {order.args.get('rule')!r}", "`trigger-daemon rules list` names them")
+        captures = {str(k): str(v) for k, v in dict(order.args.get("captures", {})).items()}
+        unknown = set(captures) - set(assembly.spec.group_by if assembly.spec else ())
+        if unknown:
+            return _no(f"rule {assembly.rule.name} does not group by {', '.join(sorted(unknown))}", "see `rules show`")
+        if not assembly.steady:
+            return _no("the root of this rule is away; nothing closes on it", "see `trigger-daemon status`")
+        count = assembly.close_group(captures, f"closed by {order.who}", order.at)
+        return {"ok": True, "closed": count, "text": f"{count} open batches are closing"}
+
+    def _assembly(self, name: str) -> Assembly | None:
+        rule = self.rules.get(name)
+        return self.assemblies.get(rule.id) if rule else None
+
+    def _at_path(self, path: str) -> list[tuple[Assembly, str]]:
+        """Return the assemblies whose root holds an absolute path, each with the path below it."""
+        found = []
+        for assembly in self.assemblies.values():
+            root = assembly.rule.watch.rstrip("/")
+            if path.startswith(root + "/"):
+                found.append((assembly, path[len(root) + 1 :]))
+        return found
+
+    def _files_go(self, order: Order) -> dict[str, Any]:
+        return self._move_files(order, go=True)
+
+    def _files_skip(self, order: Order) -> dict[str, Any]:
+        return self._move_files(order, go=False)
+
+    def _move_files(self, order: Order, *, go: bool) -> dict[str, Any]:
+        path = str(order.args.get("path", ""))
+        only = order.args.get("rule")
+        done, reasons = [], []
+        for assembly, below in self._at_path(path):
+            if only and assembly.rule.name != only:
+                continue
+            member = assembly.settling.get(below)
+            if member is None:
+                reasons.append(f"{assembly.rule.name}: not waiting here (see `trigger-daemon explain`)")
+            elif not go and (member.unsettled or member.stage in (BLOCKED, COMPLETE)):
+                assembly.skip(member, order.at)
+                done.append(assembly.rule.name)
+            elif go and member.stage in (BLOCKED, INCOMPLETE, SUSPECT, "awaiting"):
+                member.flag = f"go by {order.who}"
+                assembly.settling.complete(member, order.at)
+                done.append(assembly.rule.name)
+            else:
+                reasons.append(f"{assembly.rule.name}: it is {member.stage}: {member.why or 'wait for it'}")
+        self._tell_blocked(order.at)
+        if not done:
+            return _no("; ".join(reasons) or "no rule watches this path", "`trigger-daemon files list` names what can be moved on")
+        return {"ok": True, "rules": done, "text": f"{'goes on' if go else 'skipped'} for {', '.join(done)}"}
+
+    def _files_resend(self, order: Order) -> dict[str, Any]:
+        """Make a new batch of files that were claimed before; the daemon adds their present state."""
+        done = []
+        for item in order.args.get("files", ()):
+            assembly = self._assembly(str(item["rule"]))
+            if assembly is None:
+                continue
+            directory, name = item["dir"], item["name"]
+            state = (int(item["size"]), int(item["mtime_ns"]), 0, 0)
+            member = Member(assembly.settling, directory, name, state, order.at, 0)
+            group = assembly.captures(member)
+            if assembly.spec:
+                group = {key: group.get(key, "") for key in assembly.spec.group_by}
+            done.append(self._make_batch(assembly, [member], group, f"sent again by {order.who}", order.at, again=True))
+        if not done:
+            return _no("no rule has sent this file", "`trigger-daemon explain` says what became of it")
+        return {"ok": True, "runs": done, "text": f"sent again as run {', '.join(map(str, done))}"}
+
+    def _runs_verb(self, order: Order) -> dict[str, Any]:
+        verb = order.verb.partition(".")[2]
+        act = getattr(self.runs, verb)
+        because = f"{verb} by {order.who}" + (f": {order.why}" if order.why else "")
+        done, errors = [], []
+        for number in order.args.get("ids", ()):
+            run = self.runs.open.get(int(number))
+            error = act(run, because, order.at) if run else f"run {number} is not open"
+            if error:
+                errors.append(error)
+            else:
+                done.append(int(number))
+        if errors and not done:
+            return {"ok": False, "error": "; ".join(errors[:5]), "hint": "`trigger-daemon runs list` shows states", "done": []}
+        return {"ok": True, "done": done, "errors": errors, "text": f"{verb}: {len(done)} runs"}
+
+    def _alarms_ack(self, order: Order) -> dict[str, Any]:
+        key = str(order.args.get("key", ""))
+        keys = list(self.alarms.open) if key in ("", "all") else [key]
+        done = [k for k in keys if self.alarms.ack(k, order.who, order.at)]
+        if not done:
+            return _no(f"there is no alarm {key!r}", "`trigger-daemon alarms list` names them")
+        return {"ok": True, "acked": done, "text": f"{len(done)} acknowledged; they stand until their cause is gone"}
+
+    def _rules_apply(self, order: Order) -> dict[str, Any]:
+        if self._offered is None:
+            return _no("no change of rules waits for a decision", "")
+        choice = str(order.args.get("choice", ""))
+        if not choice:
+            return {"ok": True, "undecided": {name: dict(v) for name, v in self.undecided.items()}, "text": ""}
+        if choice not in ("same", "all", "new"):
+            return _no(f"{choice!r} is not a choice", "say same (they are the same files), all, or new (only new ones)")
+        offered = self._offered
+        self._rules_offered(
+            RulesOffered(offered.rules, offered.roots, offered.source, order.at, None, choice)
+        )
+        return {"ok": True, "text": f"applied: {choice}"}
+
+    # -------------------------------------------------------------- questions
+
+    def _explain(self, order: Order) -> dict[str, Any]:
+        path = str(order.args.get("path", ""))
+        rules = []
+        for assembly, below in self._at_path(path):
+            rules.append({"rule": assembly.rule.name, **self._stage(assembly, below, order.at)})
+        return {"ok": True, "rules": rules}
+
+    def _stage(self, assembly: Assembly, below: str, at: float) -> dict[str, Any]:
+        """Say where a path stands in a rule; stage '' when only the journal can tell."""
+        rule = assembly.rule
+        captures = patterns.captures_of(rule, below)
+        if captures is None:
+            stage, words = patterns.why_not(rule, below)
+            return {"stage": stage, "because": words, "until_time": None}
+        member = assembly.settling.get(below)
+        if member is None:
+            if rule.batch and rule.batch.only_first is not None:
+                group = canonical({name: captures.get(name, "") for name in rule.batch.group_by})
+                mark = self.marks.get((rule.id, group, "taken"))
+                if mark is not None:
+                    words = f"only_first: {rule.batch.only_first}: batch {mark[0]} took the first of {group}"
+                    return {"stage": "skipped", "because": words, "until_time": None}
+            return {"stage": "", "because": "", "until_time": None}
+        return {"stage": _STAGE[member.stage], **self._because(assembly, member), "run": member.batch or None}
+
+    def _because(self, assembly: Assembly, member: Member) -> dict[str, Any]:
+        until: float | None = None
+        health = self.root_health.get(assembly.root)
+        if member.stage == SETTLING:
+            until = assembly.settling.queue.get(member)
+            words = member.why or f"seen unchanged for less than {assembly.settling.quiescence_s:g} s"
+            if health is not None and health.health in AWAY:
+                words, until = f"{assembly.rule.watch} is {health.health}: {health.why}", None
+        elif member.stage in (COMPLETE, "closing"):
+            words, until = assembly.waiting(member)
+        else:
+            words = member.why
+            if member.stage == SUSPECT:
+                until = self.timers.at(member)
+        if member in assembly.stalled:
+            words += " (stalled)"
+        return {"because": words, "until_time": None if until is None else self._utc(until)}
+
+    def _files_list(self, order: Order) -> dict[str, Any]:
+        wanted = order.args.get("stage")
+        files: list[dict[str, Any]] = []
+        for assembly in self.assemblies.values():
+            for member in assembly.settling.members():
+                stage = _STAGE[member.stage]
+                if stage == "batched" or (wanted and stage != wanted):
+                    continue
+                if len(files) >= LISTED_MAX:
+                    return {"ok": True, "files": files, "more": True}
+                files.append({
+                    "path": f"{assembly.rule.watch.rstrip('/')}/{member.path}", "rule": assembly.rule.name,
+                    "stage": stage, "size": member.state[0], **self._because(assembly, member),
+                })  # fmt: skip
+        return {"ok": True, "files": files, "more": False}
+
+    def _batches_list(self, order: Order) -> dict[str, Any]:
+        batches = []
+        for assembly in self.assemblies.values():
+            for open_ in [*assembly.groups.values(), *assembly.closings]:
+                member = next(iter(open_.members), None)
+                words, until = assembly.waiting(member) if member else ("", None)
+                batches.append({
+                    "rule": assembly.rule.name, "group": assembly.named(open_.group), "files": len(open_.members),
+                    "bytes": open_.bytes, "waiting_for": words, "until_time": None if until is None else self._utc(until),
+                })  # fmt: skip
+        return {"ok": True, "batches": batches}
+
+    def _waiting(self, order: Order) -> dict[str, Any]:
+        ids = order.args.get("ids", ())
+        runs = {str(n): self._run_words(self.runs.open[n]) for n in map(int, ids) if n in self.runs.open}
+        return {"ok": True, "runs": runs}
+
+    def _run_words(self, run: Run) -> dict[str, Any]:
+        return {
+            "waiting_for": self.runs.waiting_for(run), "error": run.error, "hint": run.hint,
+            "files_done": run.files_done, "bytes_done": run.bytes_done,
+        }  # fmt: skip
+
+    # --------------------------------------------------------------- snapshot
+
+    def _tell_blocked(self, at: float) -> None:
+        """Raise or clear the alarms about files that cannot go on by themselves."""
+        for assembly in self.assemblies.values():
+            for kind, members in (("blocked", assembly.blocked), ("stalled", assembly.stalled)):
+                key = f"{kind}:{assembly.rule.name}"
+                if not members:
+                    self.alarms.clear(key, at)
+                    continue
+                first = next(iter(members))
+                words = "blocked" if kind == "blocked" else "not complete for too long"
+                self.alarms.raised(
+                    key, f"{len(members)} files of {assembly.rule.name} are {words}, the first: {first.path}: {first.why}",
+                    f"`trigger-daemon files list --stage {'blocked' if kind == 'blocked' else 'incomplete'}`, "
+                    "then `files go` or `files skip`", at,
+                )  # fmt: skip
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what the heartbeat tells the command line."""
+        return {
+            "rules": [self._rule_words(rule) for rule in self.rules.values()] + self._removed(),
+            "alarms": [
+                {"key": key, "what": a.what, "hint": a.hint, "since_time": a.since_time, "acked_by": a.acked_by or None}
+                for key, a in self.alarms.open.items()
+            ],
+            "rules_fault": dict(self.rules_fault) if self.rules_fault else None,
+            "undecided": {name: dict(v) for name, v in self.undecided.items()},
+            "paused": self.runs.paused_all,
+            "roots": [
+                {"path": self.root_paths.get(n, ""), "health": h.health, "why": h.why, "hint": h.hint, "events": h.events}
+                for n, h in self.root_health.items()
+            ],
+            "sweeps_held": self._holding,
+            "destinations_down": {name: down.why for name, down in self.runs.down.items()},
+            "working": [
+                {"run": run.id, "rule": run.rule, "state": run.state, "files": run.files, "bytes": run.bytes,
+                 "files_done": run.files_done, "bytes_done": run.bytes_done}
+                for run in self.runs.open.values() if run.slot
+            ][:50],
+        }  # fmt: skip
+
+    def _rule_words(self, rule: Rule) -> dict[str, Any]:
+        assembly = self.assemblies[rule.id]
+        stages: dict[str, int] = {}
+        for kind in ("blocked", "stalled"):
+            stages[kind] = len(getattr(assembly, kind))
+        complete = sum(len(o.members) for o in (*assembly.groups.values(), *assembly.closings))
+        batched = sum(len(m) for queue in (self._batched.get(assembly.root, ()),) for _, m in queue if m and m[0].home is assembly.settling)
+        settling = assembly.settling.count - complete - batched - stages["blocked"]
+        return {
+            "name": rule.name, "state": "paused" if rule.name in self.runs.paused_rules else "active",
+            "settling": max(settling, 0), "complete": complete, **stages, **self._tally(rule.id),
+        }  # fmt: skip
+
+    def _tally(self, rule: int) -> dict[str, Any]:
+        counts = {state: c for (number, state), c in self.runs.tally.items() if number == rule and c[0]}
+        done = [c for state, c in counts.items() if state == RunState.VERIFIED]
+        done += [c for state, c in counts.items() if state == RunState.SUCCEEDED]
+        return {
+            "runs": {str(state): c[0] for state, c in counts.items()},
+            "files_done": sum(c[1] for c in done), "bytes_done": sum(c[2] for c in done),
+        }  # fmt: skip
+
+    def _removed(self) -> list[dict[str, Any]]:
+        """Rules that are gone but have open runs."""
+        gone: dict[str, int] = {}
+        for run in self.runs.open.values():
+            if run.rule not in self.rules:
+                gone[run.rule] = run.rule_id
+        return [
+            {"name": name, "state": "removed", "settling": 0, "complete": 0, "blocked": 0, "stalled": 0, **self._tally(number)}
+            for name, number in gone.items()
+        ]  # fmt: skip
+
+
+def _no(error: str, hint: str) -> dict[str, Any]:
+    return {"ok": False, "error": error, "hint": hint}
+
+
+_ORDERS: dict[str, Callable[[Engine, Order], dict[str, Any]]] = {
+    "pause": Engine._pause,
+    "resume": Engine._resume,
+    "rules.pause": Engine._rules_pause,
+    "rules.resume": Engine._rules_resume,
+    "rules.apply": Engine._rules_apply,
+    "batches.close": Engine._batches_close,
+    "batches.list": Engine._batches_list,
+    "files.list": Engine._files_list,
+    "files.go": Engine._files_go,
+    "files.skip": Engine._files_skip,
+    "files.resend": Engine._files_resend,
+    "runs.retry": Engine._runs_verb,
+    "runs.hold": Engine._runs_verb,
+    "runs.cancel": Engine._runs_verb,
+    "runs.abandon": Engine._runs_verb,
+    "runs.waiting": Engine._waiting,
+    "alarms.ack": Engine._alarms_ack,
+    "explain": Engine._explain,
+}
+
+_QUESTIONS = frozenset({"explain", "files.list", "batches.list", "runs.waiting"})

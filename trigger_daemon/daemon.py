@@ -1,0 +1,499 @@
+"""The daemon: start, the loop, stop.
+
+The loop is the only task that touches the engine: take what is waiting, step
+each fact, commit the records once, and only then carry the effects out. While
+a commit fails nothing is stepped and nothing carried out; the same rows are
+tried again. After an I/O error of the journal everything is begun anew from
+what the journal says: a crash, without the process ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from trigger_daemon import __version__, config, hints, log
+from trigger_daemon.clock import Clock, SystemClock
+from trigger_daemon.control import Control
+from trigger_daemon.core import model
+from trigger_daemon.core.engine import Engine
+from trigger_daemon.core.model import RECORDS, Effect, Fact
+from trigger_daemon.core.rules import Rule
+from trigger_daemon.errors import ConfigError, ConfigFault, JournalError, JournalFull
+from trigger_daemon.executor import Executor, Providers
+from trigger_daemon.failpoints import fail_point
+from trigger_daemon.inbox import Inbox
+from trigger_daemon.journal import ClaimReader, Journal, RootIdentity
+from trigger_daemon.scanner import Scanner
+from trigger_daemon.systemd import Notifier
+from trigger_daemon.volumes import Gauge, Volumes
+
+BEAT_S = 2.0  # heartbeat for the command line
+ORDERS_EVERY_S = 0.3  # how often control.db is asked for orders: they are answered within a second
+RULES_EVERY_S = 2.0  # how often the rule files are looked at; a change is taken when seen twice alike
+COMMIT_AGAIN_S = 1.0  # a failed commit is tried again so often
+RESTART_S = 2.0  # after a broken journal
+THIN_EVERY_S = 3_600.0
+THIN_RUNS = 1_000
+
+_RECORD_TYPES = frozenset(RECORDS)
+
+
+class Daemon:
+    """One daemon on one state directory."""
+
+    def __init__(
+        self, settings: config.Settings, *, reload_settings: Any = None, clock: Clock | None = None
+    ) -> None:
+        self.settings = settings
+        self._reload_settings = reload_settings
+        self.clock: Clock = clock or SystemClock()
+        self.log = log.get()
+        self.notify = Notifier()
+        self._stopping = False
+        self._reload = False
+        self._life: Life | None = None
+
+    async def run(self) -> None:
+        """Work until `stop`. Raises JournalError if the journal cannot be had at the start."""
+        first = True
+        while not self._stopping:
+            life = Life(self, first=first)
+            self._life = life
+            try:
+                await life.run()
+            except JournalError as error:
+                if first and not life.working:
+                    raise
+                self.log.error("journal.broken", why=error.message, hint=error.hint)
+                await asyncio.sleep(RESTART_S)
+            finally:
+                self._life = None
+                await life.close()
+            first = False
+
+    def stop(self) -> None:
+        """End soon; what is under way is taken up after the next start."""
+        self._stopping = True
+        self.notify.stopping()
+        if self._life:
+            self._life.wake()
+
+    def reload(self) -> None:
+        """Read settings and rules again."""
+        self.notify.reloading()
+        self._reload = True
+        if self._life:
+            self._life.wake()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def take_reload(self) -> bool:
+        """Say whether a reload was asked for since the last call."""
+        asked, self._reload = self._reload, False
+        if asked and self._reload_settings is not None:
+            try:
+                self.settings = self._reload_settings()
+            except ConfigError as error:
+                self.log.error("settings.refused", why=error.message, hint=error.hint)
+        return asked
+
+
+class Life:
+    """The daemon from one opening of the journal to its closing."""
+
+    def __init__(self, daemon: Daemon, *, first: bool) -> None:
+        self.daemon = daemon
+        self.first = first
+        self.settings = daemon.settings
+        self.clock = daemon.clock
+        self.log = daemon.log
+        self.working = False
+        self.started_time = self.clock.utc()
+        self._parts: list[Any] = []  # what close() stops, last made first
+        self._journal_thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._commit_fault = ""
+        self._rules_seen: Any = None
+        self._rules_taken: Any = None
+        self._next_beat = 0.0
+        self._next_rules = 0.0
+        self._next_thin = self.clock.monotonic() + 60.0
+        self._root_paths: dict[int, str] = {}
+
+    # ------------------------------------------------------------------ start
+
+    async def run(self) -> None:
+        """Open everything, then loop."""
+        settings = self.settings
+        loop = asyncio.get_running_loop()
+        self.journal = self._part(await loop.run_in_executor(self._journal_thread, Journal.open, settings.state_dir))
+        self.inbox = Inbox(loop)
+        self.providers = self._part(Providers(settings.state_dir, settings.actions(), self._nudge))
+        saved = await loop.run_in_executor(self._journal_thread, self.journal.load)
+        self._root_paths = dict(saved.roots)
+        self.engine = Engine(
+            host=socket.gethostname(), providers=self.providers, rand=random.random,
+            runs_max=settings.throttle.runs, time_zone=settings.time_zone, keep_done_s=settings.keep_done_s,
+        )  # fmt: skip
+        self.engine.restore(saved, self.clock.monotonic(), self.clock.utc())
+        self.executor = self._part(
+            Executor(
+                journal=self.journal, providers=self.providers, post=self.inbox.post,
+                root_path=self._root_paths.__getitem__, clock=self.clock,
+            )  # fmt: skip
+        )
+        self.hints = self._part(hints.open_source(settings.events))
+        self.scanner = self._part(
+            Scanner(
+                post=self.inbox.post, claims=lambda: ClaimReader(self.journal.path), hints=self.hints,
+                clock=self.clock, every_s=settings.sweep.every_s, full_s=settings.sweep.full_s,
+                identities=_Identities(self.journal),
+            )  # fmt: skip
+        )
+        gauges = [Gauge(str(v.path), v.low, v.critical) for v in settings.volumes]
+        gauges = gauges or [Gauge(str(settings.state_dir))]
+        self.volumes = self._part(Volumes(gauges, self.clock.monotonic))
+        self.control = self._part(ControlThread(settings.state_dir, self._take_order, self.log))
+        self._offer_saved_rules(saved.rules_source)
+        self._offer_rules()
+        self.working = True
+        await self._loop()
+
+    def _part(self, part: Any) -> Any:
+        self._parts.append(part)
+        return part
+
+    async def close(self) -> None:
+        """Stop every part, the last made first; the journal at the end."""
+        if hasattr(self, "inbox"):
+            self.inbox.close()
+        for part in reversed(self._parts):
+            stop = getattr(part, "stop", None) or part.close
+            try:
+                await asyncio.get_running_loop().run_in_executor(None, stop)
+            except (OSError, JournalError) as error:
+                self.log.warning("stop.failed", part=type(part).__name__, why=str(error))
+        self._journal_thread.shutdown(wait=False)
+
+    # ------------------------------------------------------------------- loop
+
+    async def _loop(self) -> None:
+        self.daemon.notify.ready("watching")
+        self.log.info("daemon.started", version=__version__, state_dir=str(self.settings.state_dir))
+        while not self.daemon.stopping:
+            facts: list[Fact] = self.inbox.take()
+            now = self.clock.monotonic()
+            facts.append(model.Tick(now, self.clock.utc()))
+            await self._round(facts)
+            self._supervise(now)
+            deadline = self.engine.next_deadline()
+            until = self._next_beat if deadline is None else min(deadline, self._next_beat)
+            await self.inbox.wait(until - self.clock.monotonic())
+        self.log.info("daemon.stopped")
+
+    async def _round(self, facts: list[Fact]) -> None:
+        """Step, commit, carry out."""
+        effects: list[Effect] = []
+        for fact in facts:
+            effects += self.engine.step(fact)
+        if not effects:
+            return
+        records = [effect for effect in effects if type(effect) in _RECORD_TYPES]
+        if records:
+            fail_point("loop.before_commit")
+            await self._commit(records)
+            fail_point("loop.after_commit")
+        for effect in effects:
+            self._carry(effect)
+
+    async def _commit(self, records: list[Effect]) -> None:
+        """Write the records; while that fails nothing else happens, but we still live and say what is wrong."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                await loop.run_in_executor(self._journal_thread, self.journal.append, records)
+            except JournalFull as error:
+                if not self._commit_fault:
+                    self.log.error("journal.full", why=error.message, hint=error.hint)
+                self._commit_fault = error.message
+                self._beat_now()
+                self.daemon.notify.status(f"the journal cannot be written: {error.message}")
+                if self.daemon.stopping:
+                    raise
+                await asyncio.sleep(COMMIT_AGAIN_S)
+                self.daemon.notify.alive()
+                continue
+            if self._commit_fault:
+                self.log.info("journal.writable")
+                self.daemon.notify.status("watching")
+                self._commit_fault = ""
+            return
+
+    def _carry(self, effect: Effect) -> None:
+        match effect:
+            case model.Look():
+                self.scanner.look(effect)
+            case model.Sweep():
+                self.scanner.sweep(effect)
+            case model.Mark():
+                self.scanner.mark(effect)
+            case model.HoldSweeps():
+                self.scanner.hold(effect)
+            case model.UseRules(rules):
+                self.scanner.use(rules, self.engine.roots)
+            case model.Answer(order, answer):
+                self.control.answer(order, answer)
+            case model.Log(event, keys, level):
+                getattr(self.log, level)(event, **keys)
+            case model.BatchClosed():
+                self.log.info(
+                    "batch.closed", batch=effect.batch, group=dict(effect.group), files=len(effect.members),
+                    bytes=effect.bytes, because=effect.reason,
+                )  # fmt: skip
+            case model.RunMoved():
+                if effect.final:
+                    self.executor.finished(effect.run)
+                self.log.info(
+                    "run.moved", run=effect.run, source=str(effect.from_state), to=str(effect.to_state),
+                    because=effect.because,
+                )  # fmt: skip
+            case model.AlarmRaised():
+                self.log.warning("alarm.raised", key=effect.key, what=effect.what, hint=effect.hint)
+            case model.AlarmCleared():
+                self.log.info("alarm.cleared", key=effect.key)
+            case model.Kept("paused", value):
+                self.providers.is_paused = bool(value)
+            case model.Check() | model.Prepare() | model.Start() | model.Find() | model.Poll() | model.Cancel() | model.Verify():
+                self.executor.carry(effect)
+
+    def wake(self) -> None:
+        """End the present wait."""
+        if hasattr(self, "inbox"):
+            self.inbox.post(model.Tick(self.clock.monotonic(), self.clock.utc()))
+
+    # ------------------------------------------------------------ supervision
+
+    def _supervise(self, now: float) -> None:
+        """Everything that is done by time and belongs to no file."""
+        if self.daemon.take_reload():
+            self.settings = self.daemon.settings
+            self.engine.runs.runs_max = self.settings.throttle.runs
+            self._offer_rules(force=True)
+            self.daemon.notify.ready("watching")
+        if now >= self._next_rules:
+            self._next_rules = now + RULES_EVERY_S
+            self._offer_rules()
+        if now >= self._next_beat:
+            self._next_beat = now + BEAT_S
+            self.scanner.supervise(now)
+            self.executor.supervise(now)
+            self.volumes.sample(now)
+            at_work = max(1, len(self.engine.snapshot()["working"]))
+            bandwidth = self.settings.throttle.bandwidth
+            self.providers.bandwidth = None if bandwidth is None else bandwidth / at_work
+            self.providers.is_paused = bool(self.engine.runs.paused_all)
+            self._beat_now()
+            self.daemon.notify.alive()
+        if now >= self._next_thin:
+            self._next_thin = now + THIN_EVERY_S
+            self._journal_thread.submit(self._thin)
+
+    def _thin(self) -> None:
+        try:
+            while self.journal.thin(self.clock.utc() - self.settings.keep_done_s, THIN_RUNS) == THIN_RUNS:
+                time.sleep(0)  # commits waiting on this thread come between two portions
+                break
+        except JournalError as error:
+            self.log.warning("journal.thin_failed", why=error.message)
+
+    def _beat_now(self) -> None:
+        self.control.beat(self._snapshot())
+
+    def _snapshot(self) -> dict[str, Any]:
+        words = self.engine.snapshot()
+        events = {root["path"]: root["events"] for root in words["roots"]}
+        if self._commit_fault:
+            words["alarms"].insert(0, {
+                "key": "journal", "what": f"the journal cannot be written: {self._commit_fault}",
+                "hint": f"make room on the disk of {self.settings.state_dir}; nothing starts until then, nothing is lost",
+                "since_time": self.clock.utc(), "acked_by": None,
+            })  # fmt: skip
+        health = "ok"
+        if any(root["health"] != "ok" for root in words["roots"]):
+            health = "degraded"
+        if any(not alarm["acked_by"] for alarm in words["alarms"]):
+            health = "alarm"
+        words["daemon"] = {
+            "running": True, "pid": os.getpid(), "version": __version__, "started_time": self.started_time,
+            "health": health, "events": events, "hints": self.hints.counters(),
+        }  # fmt: skip
+        words["volumes"] = [gauge.words() for gauge in self.volumes.gauges]
+        return words
+
+    # ------------------------------------------------------------------ rules
+
+    def _offer_saved_rules(self, source: Any) -> None:
+        """The last accepted set is in force until the files on disk prove good."""
+        parsed = config.parse_rules([(item["file"], item["text"]) for item in source or ()])
+        rules = () if parsed.faults else parsed.rules
+        self.inbox.post(self._offer(rules, list(source or ())))
+        self._accepted = source
+
+    def _offer_rules(self, *, force: bool = False) -> None:
+        """Read the rule files again if they changed, and were seen so twice: an editor may be in the middle."""
+        seen = _signature(self.settings.rules_dir)
+        settled = seen == self._rules_seen or self._rules_taken is None
+        self._rules_seen = seen
+        if (seen == self._rules_taken or not settled) and not force:
+            return
+        self._rules_taken = seen
+        parsed = config.load_rules(self.settings.rules_dir)
+        if parsed.faults:
+            fault = _words(parsed.faults[0])
+            self.inbox.post(model.RulesOffered((), {}, None, self.clock.monotonic(), fault))
+            return
+        self.inbox.post(self._offer(parsed.rules, parsed.source))
+
+    def _offer(self, rules: tuple[Rule, ...], source: Any) -> model.RulesOffered:
+        """Give rules and roots their numbers, which the journal knows for ever."""
+        ids = self.journal.rule_ids([rule.name for rule in rules]) if rules else {}
+        numbered = tuple(config.with_id(rule, ids[rule.name]) for rule in rules)
+        paths = {rule.watch for rule in rules}
+        paths |= {companion.root for rule in rules for companion in rule.complete.companions}
+        roots = {path: self.journal.root_id(path) for path in sorted(paths)}
+        self._root_paths.update({number: path for path, number in roots.items()})
+        return model.RulesOffered(numbered, roots, source, self.clock.monotonic())
+
+    # ----------------------------------------------------------------- orders
+
+    def _take_order(self, number: int, verb: str, args: Mapping[str, Any], who: str, why: str) -> None:
+        """From the control thread."""
+        if verb == "roots.accept":
+            path = str(args.get("path", ""))
+            root = self.engine.roots.get(path)
+            if root is None:
+                self.control.answer(number, {"ok": False, "error": f"no rule watches {path!r}", "hint": "see `status`"})
+            else:
+                self.scanner.accept(root)
+                self.control.answer(number, {"ok": True, "text": f"{path} is accepted as it is now"})
+            return
+        self.inbox.post(model.Order(number, verb, args, who, why, self.clock.monotonic()))
+
+    def _nudge(self, run: int, attempt: int) -> None:
+        self.executor.nudge(run, attempt)
+
+
+class _Identities:
+    """What the scanner remembers of a root's file system, in the journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def get(self, root: int) -> Mapping[str, Any] | None:
+        found = self._journal.root_identity(root)
+        return found._asdict() if found else None
+
+    def set(self, root: int, identity: dict[str, Any]) -> None:
+        self._journal.set_root_identity(root, RootIdentity(**identity))
+
+
+class ControlThread:
+    """The end of control.db that the daemon holds: heartbeats and answers out, orders in. Its disk may be slow."""
+
+    def __init__(self, state_dir: Path, on_order: Any, logger: Any) -> None:
+        self._on_order = on_order
+        self._log = logger
+        self._control = Control.open(state_dir)
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._beat: dict[str, Any] | None = None
+        self._answers: list[tuple[int, Mapping[str, Any]]] = []
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="control", daemon=True)
+        self._thread.start()
+
+    def beat(self, snapshot: dict[str, Any]) -> None:
+        with self._lock:
+            self._beat = snapshot
+
+    def answer(self, order: int, answer: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._answers.append((order, answer))
+        self._wake.set()
+
+    def _work(self) -> None:
+        while not self._stopped:
+            try:
+                self._once()
+            except (JournalError, OSError) as error:
+                self._log.warning("control.failed", why=str(error))
+            self._wake.wait(ORDERS_EVERY_S)
+            self._wake.clear()
+
+    def _once(self) -> None:
+        with self._lock:
+            beat, self._beat = self._beat, None
+            answers, self._answers = self._answers, []
+        try:
+            while answers:
+                self._control.answer(*answers[0])
+                answers.pop(0)
+            if beat is not None:
+                self._control.beat(beat)
+        finally:
+            if answers:
+                with self._lock:
+                    self._answers[:0] = answers
+        if self._control.changed():
+            for order in self._control.take():
+                self._on_order(order.id, order.verb, order.args, order.who, order.why)
+
+    def stop(self) -> None:
+        """Write what is left and end."""
+        self._stopped = True
+        self._wake.set()
+        self._thread.join(timeout=2.0)
+        if not self._thread.is_alive():
+            self._control.close()
+
+
+def _signature(rules_dir: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what tells one state of the rule files from another."""
+    found = []
+    try:
+        for path in sorted(rules_dir.glob("*.yaml")):
+            try:
+                seen = path.stat()
+            except OSError:
+                continue
+            found.append((path.name, seen.st_size, seen.st_mtime_ns))
+    except OSError:
+        pass
+    return tuple(found)
+
+
+def _words(fault: ConfigFault) -> dict[str, Any]:
+    return {
+        "file": fault.file, "line": fault.line, "column": fault.column, "message": fault.message, "hint": fault.hint,
+    }  # fmt: skip
+
+
+async def serve(settings: config.Settings, *, reload_settings: Any = None) -> None:
+    """Run a daemon until SIGTERM or SIGINT; SIGHUP reloads."""
+    daemon = Daemon(settings, reload_settings=reload_settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, daemon.stop)
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    await daemon.run()

@@ -1,0 +1,308 @@
+"""Carry effects out: run checks, and ask providers to prepare, start, find, poll, cancel and verify.
+
+Every call runs on a worker thread with a deadline, and every answer, a late or
+a broken one too, comes back as a fact. It decides nothing: what follows an
+answer is the core's business. Effects reach it only after the commit of the
+records they belong to.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trigger_daemon import actions, probe, registry
+from trigger_daemon.clock import Clock
+from trigger_daemon.core import model
+from trigger_daemon.core.model import Fault, Scope, Verdict
+from trigger_daemon.errors import JournalError
+from trigger_daemon.failpoints import fail_point
+from trigger_daemon.journal import Journal
+from trigger_daemon.workers import Workers
+
+CALL_DEADLINE_S = 120.0  # a provider's call that takes longer has no answer
+VERIFY_DEADLINE_S = 6 * 3_600.0  # a provider may have to read terabytes
+CHECK_DEADLINE_S = 60.0
+REQUESTS_CACHED_MAX = 32  # manifests in memory: those of runs at work
+PROVIDER_THREADS = 8
+CHECK_THREADS = 2
+
+Post = Callable[[model.Fact], None]
+
+
+class Providers:
+    """The action providers, made when first used; fulfils what the core asks about actions."""
+
+    def __init__(self, state_dir: Path, settings: Mapping[str, Any], nudge: Callable[[int, int], None]) -> None:
+        self._state_dir = state_dir
+        self._settings = settings
+        self._nudge = nudge
+        self._made: dict[str, actions.Action] = {}
+        self._lock = threading.Lock()
+        self.is_paused = False
+        self.bandwidth: float | None = None
+
+    def get(self, action: str) -> actions.Action:
+        """Return the provider of an action, making it and its directory if needed."""
+        with self._lock:
+            if action not in self._made:
+                directory = self._state_dir / "actions" / action
+                directory.mkdir(parents=True, exist_ok=True, mode=0o2770)
+                context = actions.Context(
+                    state_dir=str(directory), nudge=self._nudge, bandwidth=lambda: self.bandwidth,
+                    paused=lambda: self.is_paused, settings=self._settings,
+                )  # fmt: skip
+                self._made[action] = registry.find_action(action)(context)
+            return self._made[action]
+
+    def prepares(self, action: str) -> bool:
+        return bool(registry.find_action(action).PREPARES)
+
+    def templates(self, action: str) -> frozenset[str]:
+        return frozenset(name for name, option in registry.find_action(action).OPTIONS.items() if option.template)
+
+    def extra_names(self, action: str) -> tuple[str, ...]:
+        return tuple(getattr(registry.find_action(action), "EXTRA_NAMES", ()))
+
+    def destination(self, action: str, options: Mapping[str, Any]) -> str:
+        return self.get(action).destination(options)
+
+    def forget(self, action: str, run: int) -> None:
+        """The run's end is journaled: the provider needs to remember nothing of it."""
+        forget = getattr(self.get(action), "forget", None)
+        if forget:
+            forget(run)
+
+    def close(self) -> None:
+        """End what providers keep running."""
+        for provider in self._made.values():
+            provider.close()
+
+
+class Executor:
+    """Effects in, facts out."""
+
+    def __init__(
+        self, *, journal: Journal, providers: Providers, post: Post, root_path: Callable[[int], str], clock: Clock
+    ) -> None:
+        self._journal = journal
+        self._providers = providers
+        self._post = post
+        self._root_path = root_path
+        self._clock = clock
+        self._calls = Workers("provider", PROVIDER_THREADS, clock.monotonic)
+        self._checks = Workers("check", CHECK_THREADS, clock.monotonic)
+        self._requests: OrderedDict[tuple[int, int], actions.Request] = OrderedDict()
+        self._handles: dict[int, tuple[int, Any]] = {}
+        self._polling: set[int] = set()
+        self._again: set[int] = set()  # nudged while it was being polled
+        self._lock = threading.Lock()
+
+    def carry(self, effect: model.Effect) -> None:
+        """Begin to carry one effect out; returns at once."""
+        match effect:
+            case model.Check():
+                self._check(effect)
+            case model.Prepare(run, attempt):
+                self._call(run, attempt, lambda: self._prepare(run, attempt))
+            case model.Start(run, attempt, prepared):
+                self._call(run, attempt, lambda: self._start(run, attempt, prepared, find=False))
+            case model.Find(run, attempt, prepared):
+                self._call(run, attempt, lambda: self._start(run, attempt, prepared, find=True))
+            case model.Poll(run, attempt, handle):
+                self._handles[run] = (attempt, handle)
+                self._poll_soon(run)
+            case model.Cancel(run, attempt, handle):
+                self._call(run, attempt, lambda: self._cancel(run, attempt, handle))
+            case model.Verify(run, attempt, handle):
+                self._call(run, attempt, lambda: self._verify(run, attempt, handle), deadline_s=VERIFY_DEADLINE_S)
+
+    def finished(self, run: int) -> None:
+        """A run's end is journaled: let go of all that is kept for it."""
+        with self._lock:
+            self._handles.pop(run, None)
+            gone = [key for key in self._requests if key[0] == run]
+            for key in gone:
+                del self._requests[key]
+        self._calls.submit(lambda: self._forget(run), deadline_s=CALL_DEADLINE_S)
+
+    def nudge(self, run: int, attempt: int) -> None:
+        """A provider has news: poll now. Any thread."""
+        self._poll_soon(run)
+
+    def supervise(self, now: float) -> int:
+        """Give up on calls that hang; return how many threads do."""
+        return self._calls.supervise(now) + self._checks.supervise(now)
+
+    def stop(self) -> None:
+        """Take no more; what is under way is found again after the next start."""
+        self._calls.stop()
+        self._checks.stop()
+
+    # -------------------------------------------------------------- providers
+
+    def _call(self, run: int, attempt: int, task: Callable[[], None], deadline_s: float = CALL_DEADLINE_S) -> None:
+        self._calls.submit(task, deadline_s=deadline_s, late=lambda: self._late(run, attempt))
+
+    def _late(self, run: int, attempt: int) -> None:
+        at = self._clock.monotonic()
+        why = f"the provider did not answer within {CALL_DEADLINE_S:g} s"
+        self._polling.discard(run)
+        self._post(model.StartUnknown(run, attempt, why, at))
+        self._post(model.Polled(run, attempt, "unreachable", at, why=why))
+
+    def _request(self, run: int, attempt: int) -> actions.Request:
+        """Return what the attempt is to do, from the journal: a repetition is identical."""
+        with self._lock:
+            known = self._requests.get((run, attempt))
+            if known is not None:
+                self._requests.move_to_end((run, attempt))
+                return known
+        kept: Mapping[str, Any] = self._journal.request(run)
+        members = self._journal.manifest(run)
+        files = tuple(
+            actions.File(self._root_path(m.root), m.path, m.size, m.mtime_ns, m.role) for m in members
+        )
+        options = dict(kept["options"])
+        limit = kept.get("bandwidth")
+        if limit is not None and "bandwidth" in options:
+            options["bandwidth"] = min(limit, options["bandwidth"] or limit)
+        request = actions.Request(
+            run, attempt, str(kept.get("rule", "")), dict(kept.get("group") or {}), dict(kept["captures"]), files, options
+        )
+        with self._lock:
+            self._requests[(run, attempt)] = request
+            while len(self._requests) > REQUESTS_CACHED_MAX:
+                self._requests.popitem(last=False)
+        return request
+
+    def _provider(self, run: int) -> actions.Action:
+        return self._providers.get(str(self._journal.request(run)["action"]))
+
+    def _prepare(self, run: int, attempt: int) -> None:
+        fact: model.Fact
+        try:
+            prepared = self._provider(run).prepare(self._request(run, attempt))
+            fact = model.Prepared(run, attempt, prepared, self._clock.monotonic())
+        except actions.Refused as refused:
+            fact = model.NotStarted(run, attempt, refused.fault, self._clock.monotonic())
+        except Exception as error:  # a provider may raise anything, and nothing was asked yet
+            fault = Fault("transient", f"{type(error).__name__}: {error}")
+            fact = model.NotStarted(run, attempt, fault, self._clock.monotonic())
+        self._post(fact)
+
+    def _start(self, run: int, attempt: int, prepared: Any, *, find: bool) -> None:
+        fact: model.Fact
+        try:
+            provider, request = self._provider(run), self._request(run, attempt)
+            handle = provider.find(request, prepared) if find else None
+            if handle is None:
+                fail_point("executor.start")
+                handle = provider.start(request, prepared)
+            fail_point("executor.started")
+            self._handles[run] = (attempt, handle)
+            fact = model.Started(run, attempt, handle, self._clock.monotonic())
+        except actions.Refused as refused:
+            fact = model.NotStarted(run, attempt, refused.fault, self._clock.monotonic())
+        except JournalError as error:  # the request itself cannot be read
+            fault = Fault("person", error.message, error.hint)
+            fact = model.NotStarted(run, attempt, fault, self._clock.monotonic())
+        except Exception as error:  # whatever it was, the provider may have taken it
+            fact = model.StartUnknown(run, attempt, f"{type(error).__name__}: {error}", self._clock.monotonic())
+        self._post(fact)
+
+    def _poll_soon(self, run: int) -> None:
+        with self._lock:
+            if run in self._polling:
+                self._again.add(run)
+                return
+            known = self._handles.get(run)
+            if known is None:
+                return
+            self._polling.add(run)
+        attempt, handle = known
+        self._call(run, attempt, lambda: self._poll(run, attempt, handle))
+
+    def _poll(self, run: int, attempt: int, handle: Any) -> None:
+        try:
+            seen = self._provider(run).poll(self._request(run, attempt), handle)
+            fact = model.Polled(
+                run, attempt, seen.status, self._clock.monotonic(), seen.why, seen.hint, seen.fault, seen.files_done,
+                seen.bytes_done, seen.output, seen.changed, seen.again_in_s,
+            )  # fmt: skip
+        except Exception as error:  # a failed poll never ends an attempt
+            why = str(error) if isinstance(error, actions.Unknown) else f"{type(error).__name__}: {error}"
+            fact = model.Polled(run, attempt, "unreachable", self._clock.monotonic(), why=why)
+        self._post(fact)
+        with self._lock:
+            self._polling.discard(run)
+            again = run in self._again
+            self._again.discard(run)
+        if again:
+            self._poll_soon(run)
+
+    def _cancel(self, run: int, attempt: int, handle: Any) -> None:
+        try:
+            self._provider(run).cancel(self._request(run, attempt), handle)
+        except Exception as error:  # a wish; the polls tell what became of it
+            fact = model.Polled(run, attempt, "unreachable", self._clock.monotonic(), why=f"cancel: {error}")
+            self._post(fact)
+            return
+        self._poll_soon(run)
+
+    def _verify(self, run: int, attempt: int, handle: Any) -> None:
+        fact: model.Fact
+        try:
+            answer = self._provider(run).verify(self._request(run, attempt), handle)
+            at = self._clock.monotonic()
+            match answer:
+                case actions.Proof(members, changed):
+                    fact = model.Proved(run, attempt, members, at, changed)
+                case actions.Differs(which, changed):
+                    fact = model.Mismatch(run, attempt, which, at, changed)
+                case actions.Unproven(fault):
+                    fact = model.CannotVerify(run, attempt, fault, at)
+        except Exception as error:  # no proof was had; the core asks again
+            fault = Fault("transient", f"{type(error).__name__}: {error}", scope=Scope.BATCH)
+            fact = model.CannotVerify(run, attempt, fault, self._clock.monotonic())
+        self._post(fact)
+
+    def _forget(self, run: int) -> None:
+        try:
+            self._providers.forget(str(self._journal.request(run)["action"]), run)
+        except (JournalError, OSError):
+            pass  # a left-over record costs some bytes and is found again by the provider
+
+    # ----------------------------------------------------------------- checks
+
+    def _check(self, effect: model.Check) -> None:
+        self._checks.submit(
+            lambda: self._run_checks(effect), deadline_s=CHECK_DEADLINE_S, late=lambda: self._check_late(effect)
+        )
+
+    def _run_checks(self, effect: model.Check) -> None:
+        path = os.path.join(self._root_path(effect.root), effect.path)
+        here = os.path.dirname(effect.path)
+        companions = {
+            os.path.relpath(p, here) if r == effect.root else os.path.basename(p): os.path.join(self._root_path(r), p)
+            for r, p in effect.companions
+        }
+        needs: tuple[str, ...] = ()
+        try:
+            verdict, why, needs = probe.run_checks(path, effect.state, effect.checks, companions, registry.find_check)
+        except probe.Changed:
+            verdict, why = Verdict.INCOMPLETE, "it changed while it was being checked"
+        except OSError as error:
+            verdict, why = Verdict.INCOMPLETE, f"it could not be read: {error.strerror}"
+        self._checked(effect, verdict, why, needs)
+
+    def _check_late(self, effect: model.Check) -> None:
+        self._checked(effect, Verdict.INCOMPLETE, f"its checks had no answer within {CHECK_DEADLINE_S:g} s", ())
+
+    def _checked(self, effect: model.Check, verdict: Verdict, why: str, needs: tuple[str, ...]) -> None:
+        at = self._clock.monotonic()
+        self._post(model.Checked(effect.rule, effect.root, effect.path, effect.state, verdict, why, at, needs))
