@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trigger_daemon.core import model, patterns
+from trigger_daemon.core.assembly import FRESH_S
 from trigger_daemon.core.engine import Engine
 from trigger_daemon.core.model import RECORDS, RunState, split
 from trigger_daemon.core.rules import Batch, Complete, Rule
@@ -142,6 +143,7 @@ class Lab:
         self.closed: list[tuple[float, model.BatchClosed]] = []
         self.away = False
         self.look_takes_s = 0.0
+        self.slowest_look_s = 0.0
         self._counter = itertools.count(1)
         self._last_sweep = 0
         self._start()
@@ -256,6 +258,7 @@ class Lab:
                 rows.append((name, state, wants))
         began = self.at
         self.at += self.look_takes_s
+        self.slowest_look_s = max(self.slowest_look_s, self.look_takes_s)
         as_of = max(self.ledger.batches, default=0) if joined else -1
         self.step(model.Seen(root, directory, rows, began, self.at, cause, signal, as_of))
 
@@ -313,9 +316,17 @@ class Lab:
                 if member.role:
                     continue
                 past = [entry for entry in self.history[(member.root, member.path)] if entry[0] <= at]
-                when, state = past[-1]
-                assert state is not None and state[:2] == (member.size, member.mtime_ns), f"{member} was not what was there"
-                assert at - when >= quiet_s, f"{member} closed {at - when} s after its last change"
+                version = (member.size, member.mtime_ns)
+                # The last look is at most so old: a change after it is the next version's business.
+                oldest = at - FRESH_S - self.slowest_look_s
+                for index in reversed(range(len(past))):
+                    when, state = past[index]
+                    until = past[index + 1][0] if index + 1 < len(past) else at
+                    if state is not None and state[:2] == version and until >= oldest:
+                        assert until - when >= quiet_s - 1e-6, f"{member} closed {at - when} s after its last change"
+                        break
+                else:
+                    raise AssertionError(f"{member} was not what was there: {past[-3:]}, closed at {at}")
 
 
 def batched(**keys: Any) -> Batch:
