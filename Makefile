@@ -27,7 +27,7 @@ test: lint test-only
 # 5 says that no test is marked serial.
 test-only: $(VENV)/.installed $(VENV)/.dev
 	$(PYTEST) -m serial -p no:xdist -q || [ $$? -eq 5 ]
-	$(PYTEST) -m 'not serial' -n $(JOBS) -q
+	$(PYTEST) -m 'not serial' -n $(JOBS)
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ _LAZY = 2
 
 
 class Share:
-    """Serves `files` (name -> size) in its root. `mood`: answer, hang, or an errno to answer with (but for the root)."""
+    """Serves `files` (name -> size) in its root. `mood`: answer, hang, or an errno (but for the root itself)."""
 
     def __init__(self, point: Path, files: dict[str, int]) -> None:
         self.files = files

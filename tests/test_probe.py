@@ -334,7 +334,7 @@ def test_a_file_that_cannot_be_read_has_no_verdict(tmp_path: Path, file: Path) -
     link = tmp_path / "l"
     link.symlink_to(file)
 
-    with pytest.raises(CannotRead):
+    with pytest.raises(CannotRead, match="no regular file"):
         run(file, lambda probe, options, companions: companions["l"], companions={"l": link})
 
 

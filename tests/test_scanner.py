@@ -47,7 +47,6 @@ if sys.platform != "linux":
     pytest.skip("mounts and FUSE are Linux", allow_module_level=True)
 
 from fuse_share import Share
-
 from trigger_daemon.hints import inotify
 
 F = TypeVar("F")
@@ -227,8 +226,9 @@ class Bench:
 
 def rule(path: Path, number: int = 1, *, match: tuple[str, ...] = ("**/*.tif", "*.tif"), **keys: Any) -> Rule:
     return Rule(
-        name=f"r{number}", id=number, watch=str(path), match=match, existing="process", action="copy", options={}, **keys
-    )
+        name=f"r{number}", id=number, watch=str(path), match=match, existing="process", action="copy", options={},
+        **keys,
+    )  # fmt: skip
 
 
 def names_of(facts: Sequence[Seen]) -> list[str]:
@@ -309,7 +309,7 @@ def test_a_look_answers_for_every_name(bench: Callable[..., Bench], root: Path) 
 
 
 def test_a_look_says_who_still_wants_a_version(bench: Callable[..., Bench], root: Path) -> None:
-    """Fully claimed: present without wants. Claimed by one rule: the other wants. Another version: with its newest batch."""
+    """Fully claimed: no wants. Claimed by one rule: the other wants. Another version: with its newest batch."""
     for name in ("new.tif", "both.tif", "one.tif", "old.tif"):
         (root / name).write_bytes(b"x")
     b = bench(rules=[rule(root), rule(root, 2)])
@@ -468,8 +468,7 @@ def test_a_watch_limit_is_told_once_and_the_rest_is_swept(bench: Callable[..., B
 
     b.told.on_watch = lambda directory: None
     b.sweep(full=True)
-    b.health("ok") if b.core.facts[-1] == degraded[0] else None
-    assert b.scanner.roots()[1]["health"] == "ok"
+    b.health("ok")
 
 
 # ------------------------------------------------------------------ sweeps
@@ -672,7 +671,7 @@ def test_odd_names_are_carried(bench: Callable[..., Bench], root: Path) -> None:
         Path(os.fsdecode(os.path.join(os.fsencode(root), name))).touch()
     b = bench().opened()
 
-    swept, seen = b.sweep(full=True)
+    _, seen = b.sweep(full=True)
     assert sorted(map(os.fsencode, names_of(seen))) == sorted(raw)
     assert all(state for _, state, _ in b.look("", *map(os.fsdecode, raw)).rows)
     b.told.tell(names={b"": {raw[0]: "close"}})

@@ -10,14 +10,17 @@ what the journal says: a crash, without the process ending.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+import zoneinfo
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from trigger_daemon.inbox import Inbox
 from trigger_daemon.journal import ClaimReader, Journal, RootIdentity
 from trigger_daemon.scanner import Scanner
 from trigger_daemon.systemd import Notifier
+from trigger_daemon.config.settings import Amount
 from trigger_daemon.volumes import Gauge, Volumes
 
 BEAT_S = 2.0  # heartbeat for the command line
@@ -44,6 +48,7 @@ COMMIT_AGAIN_S = 1.0  # a failed commit is tried again so often
 RESTART_S = 2.0  # after a broken journal
 THIN_EVERY_S = 3_600.0
 THIN_RUNS = 1_000
+LOW, CRITICAL = Amount(ratio=0.2), Amount(ratio=0.05)  # of a volume whose settings say nothing
 
 _RECORD_TYPES = frozenset(RECORDS)
 
@@ -117,6 +122,8 @@ class Life:
         self.daemon = daemon
         self.first = first
         self.settings = daemon.settings
+        self.state_dir = Path(daemon.settings.state_dir)
+        self.rules_dir = Path(daemon.settings.rules_dir)
         self.clock = daemon.clock
         self.log = daemon.log
         self.working = False
@@ -137,14 +144,14 @@ class Life:
         """Open everything, then loop."""
         settings = self.settings
         loop = asyncio.get_running_loop()
-        self.journal = self._part(await loop.run_in_executor(self._journal_thread, Journal.open, settings.state_dir))
+        self.journal = self._part(await loop.run_in_executor(self._journal_thread, Journal.open, self.state_dir))
         self.inbox = Inbox(loop)
-        self.providers = self._part(Providers(settings.state_dir, settings.actions(), self._nudge))
+        self.providers = self._part(Providers(self.state_dir, {}, self._nudge))
         saved = await loop.run_in_executor(self._journal_thread, self.journal.load)
         self._root_paths = dict(saved.roots)
         self.engine = Engine(
             host=socket.gethostname(), providers=self.providers, rand=random.random,
-            runs_max=settings.throttle.runs, time_zone=settings.time_zone, keep_done_s=settings.keep_done_s,
+            runs_max=settings.throttle.runs, time_zone=settings.time_zone or _local_zone(), keep_done_s=settings.keep_done_s,
         )  # fmt: skip
         self.engine.restore(saved, self.clock.monotonic(), self.clock.utc())
         self.executor = self._part(
@@ -156,17 +163,18 @@ class Life:
         self.hints = self._part(hints.open_source(settings.events))
         self.scanner = self._part(
             Scanner(
-                post=self.inbox.post, claims=lambda: ClaimReader(self.journal.path), hints=self.hints,
+                post=self.inbox.post, claims=functools.partial(ClaimReader, self.journal.path), hints=self.hints,
                 clock=self.clock, every_s=settings.sweep.every_s, full_s=settings.sweep.full_s,
                 identities=_Identities(self.journal),
             )  # fmt: skip
         )
-        gauges = [Gauge(str(v.path), v.low, v.critical) for v in settings.volumes]
-        gauges = gauges or [Gauge(str(settings.state_dir))]
+        gauges = [Gauge(v.path, v.low or LOW, v.critical or CRITICAL) for v in settings.volumes]
+        gauges = gauges or [Gauge(settings.state_dir, LOW, CRITICAL)]
         self.volumes = self._part(Volumes(gauges, self.clock.monotonic))
-        self.control = self._part(ControlThread(settings.state_dir, self._take_order, self.log))
+        self.control = self._part(ControlThread(self.state_dir, self._take_order, self.log))
         self._offer_saved_rules(saved.rules_source)
         self._offer_rules()
+        self.control.start(self._snapshot())
         self.working = True
         await self._loop()
 
@@ -288,6 +296,7 @@ class Life:
         """Everything that is done by time and belongs to no file."""
         if self.daemon.take_reload():
             self.settings = self.daemon.settings
+            self.rules_dir = Path(self.settings.rules_dir)
             self.engine.runs.runs_max = self.settings.throttle.runs
             self._offer_rules(force=True)
             self.daemon.notify.ready("watching")
@@ -318,7 +327,7 @@ class Life:
             self.log.warning("journal.thin_failed", why=error.message)
 
     def _beat_now(self) -> None:
-        self.control.beat(self._snapshot())
+        self.control.control.show(self._snapshot())
 
     def _snapshot(self) -> dict[str, Any]:
         words = self.engine.snapshot()
@@ -352,13 +361,13 @@ class Life:
 
     def _offer_rules(self, *, force: bool = False) -> None:
         """Read the rule files again if they changed, and were seen so twice: an editor may be in the middle."""
-        seen = _signature(self.settings.rules_dir)
+        seen = _signature(self.rules_dir)
         settled = seen == self._rules_seen or self._rules_taken is None
         self._rules_seen = seen
         if (seen == self._rules_taken or not settled) and not force:
             return
         self._rules_taken = seen
-        parsed = config.load_rules(self.settings.rules_dir)
+        parsed = config.load_rules(self.rules_dir)
         if parsed.faults:
             fault = _words(parsed.faults[0])
             self.inbox.post(model.RulesOffered((), {}, None, self.clock.monotonic(), fault))
@@ -368,7 +377,7 @@ class Life:
     def _offer(self, rules: tuple[Rule, ...], source: Any) -> model.RulesOffered:
         """Give rules and roots their numbers, which the journal knows for ever."""
         ids = self.journal.rule_ids([rule.name for rule in rules]) if rules else {}
-        numbered = tuple(config.with_id(rule, ids[rule.name]) for rule in rules)
+        numbered = tuple(replace(rule, id=ids[rule.name]) for rule in rules)
         paths = {rule.watch for rule in rules}
         paths |= {companion.root for rule in rules for companion in rule.complete.companions}
         roots = {path: self.journal.root_id(path) for path in sorted(paths)}
@@ -377,18 +386,18 @@ class Life:
 
     # ----------------------------------------------------------------- orders
 
-    def _take_order(self, number: int, verb: str, args: Mapping[str, Any], who: str, why: str) -> None:
+    def _take_order(self, order: model.Order) -> None:
         """From the control thread."""
-        if verb == "roots.accept":
-            path = str(args.get("path", ""))
-            root = self.engine.roots.get(path)
-            if root is None:
-                self.control.answer(number, {"ok": False, "error": f"no rule watches {path!r}", "hint": "see `status`"})
-            else:
-                self.scanner.accept(root)
-                self.control.answer(number, {"ok": True, "text": f"{path} is accepted as it is now"})
+        if order.verb != "roots.accept":
+            self.inbox.post(order)
             return
-        self.inbox.post(model.Order(number, verb, args, who, why, self.clock.monotonic()))
+        path = str(order.args.get("path", ""))
+        root = self.engine.roots.get(path)
+        if root is not None and self.scanner.accept(root):
+            self.control.answer(order.id, {"ok": True, "text": f"{path} is accepted as it is now"})
+        else:
+            error = f"no rule watches {path!r}"
+            self.control.answer(order.id, {"ok": False, "error": error, "hint": "`trigger-daemon status` names the roots"})
 
     def _nudge(self, run: int, attempt: int) -> None:
         self.executor.nudge(run, attempt)
@@ -409,63 +418,30 @@ class _Identities:
 
 
 class ControlThread:
-    """The end of control.db that the daemon holds: heartbeats and answers out, orders in. Its disk may be slow."""
+    """The thread that serves control.db: heartbeats and answers out, orders in. Its disk may be slow."""
 
-    def __init__(self, state_dir: Path, on_order: Any, logger: Any) -> None:
-        self._on_order = on_order
-        self._log = logger
-        self._control = Control.open(state_dir)
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._beat: dict[str, Any] | None = None
-        self._answers: list[tuple[int, Mapping[str, Any]]] = []
-        self._stopped = False
-        self._thread = threading.Thread(target=self._work, name="control", daemon=True)
+    def __init__(self, state_dir: Path, on_order: Callable[[model.Order], None], logger: Any) -> None:
+        self.control = Control.open(
+            state_dir, recreated=lambda event: logger.warning("control.recreated", why=event.why)
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self.control.serve, args=(on_order, self._stop), name="control", daemon=True
+        )
+        self.answer = self.control.answer
+
+    def start(self, snapshot: dict[str, Any]) -> None:
+        """Begin to serve, with a first heartbeat."""
+        self.control.show(snapshot)
         self._thread.start()
-
-    def beat(self, snapshot: dict[str, Any]) -> None:
-        with self._lock:
-            self._beat = snapshot
-
-    def answer(self, order: int, answer: Mapping[str, Any]) -> None:
-        with self._lock:
-            self._answers.append((order, answer))
-        self._wake.set()
-
-    def _work(self) -> None:
-        while not self._stopped:
-            try:
-                self._once()
-            except (JournalError, OSError) as error:
-                self._log.warning("control.failed", why=str(error))
-            self._wake.wait(ORDERS_EVERY_S)
-            self._wake.clear()
-
-    def _once(self) -> None:
-        with self._lock:
-            beat, self._beat = self._beat, None
-            answers, self._answers = self._answers, []
-        try:
-            while answers:
-                self._control.answer(*answers[0])
-                answers.pop(0)
-            if beat is not None:
-                self._control.beat(beat)
-        finally:
-            if answers:
-                with self._lock:
-                    self._answers[:0] = answers
-        if self._control.changed():
-            for order in self._control.take():
-                self._on_order(order.id, order.verb, order.args, order.who, order.why)
 
     def stop(self) -> None:
         """Write what is left and end."""
-        self._stopped = True
-        self._wake.set()
-        self._thread.join(timeout=2.0)
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=3.0)
         if not self._thread.is_alive():
-            self._control.close()
+            self.control.close()
 
 
 def _signature(rules_dir: Path) -> tuple[tuple[str, int, int], ...]:
@@ -481,6 +457,16 @@ def _signature(rules_dir: Path) -> tuple[tuple[str, int, int], ...]:
     except OSError:
         pass
     return tuple(found)
+
+
+def _local_zone() -> str:
+    """Return the machine's time zone by name, UTC where it has none."""
+    link = os.path.realpath("/etc/localtime")
+    _, found, name = link.partition("zoneinfo/")
+    try:
+        return zoneinfo.ZoneInfo(name).key if found else "UTC"
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError):
+        return "UTC"
 
 
 def _words(fault: ConfigFault) -> dict[str, Any]:

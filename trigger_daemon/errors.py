@@ -15,7 +15,26 @@ class TriggerError(Exception):
 
 
 class JournalError(TriggerError):
-    """The journal cannot be used (locked by another daemon, on a network file system, damaged)."""
+    """The journal cannot be used (locked by another daemon, on a network file system, damaged).
+
+    `io`: the disk failed under it. What became of the last transaction is known only after `Journal.reopen()`.
+    """
+
+    io = False
+
+
+class JournalFull(JournalError):
+    """No room for the journal; nothing of the transaction stays, and it may be tried again as it is."""
+
+
+class JournalIo(JournalError):
+    """The disk failed under the journal; it must be reopened before it is written again."""
+
+    io = True
+
+
+class JournalConflict(JournalError):
+    """A record contradicts what the journal holds (a version claimed twice); nothing of the transaction stays."""
 
 
 class NotRunning(TriggerError):

@@ -1,6 +1,7 @@
 -- The journal: what was decided, written before anything is done. SQLite, WAL,
 -- synchronous=FULL. Only the daemon writes; everybody else reads, in short
--- transactions. Paths and names are bytes (BLOB), as the file system has them.
+-- transactions. Paths and names are bytes (BLOB), as the file system has them;
+-- a text that quotes a name which is no UTF-8 is stored as BLOB too.
 -- Times are Unix seconds, UTC. Migrations: PRAGMA user_version.
 
 -- Small durable settings: pauses, the state of the accepted rule set, boots.
@@ -40,8 +41,9 @@ CREATE TABLE claim (
     name     BLOB NOT NULL,
     rule     INTEGER NOT NULL,             -- negative: as a marker of that rule
     size     INTEGER NOT NULL,
-    mtime_ns INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,             -- decimal digits as BLOB beyond 64 bits: clocks say anything
     batch    INTEGER NOT NULL,             -- 0 baseline, -1 skipped by an operator, -2 marker, -3 rewrite ignored
+    time     INTEGER,                      -- when, where there is no batch to know it
     PRIMARY KEY (dir, name, rule, size, mtime_ns)
 ) WITHOUT ROWID;
 
@@ -58,6 +60,7 @@ CREATE TABLE batch (
     request     TEXT,                      -- JSON: action, options rendered for this batch, captures
     manifest    TEXT                       -- JSON: [[root, dir, name, size, mtime_ns, role, flag], ...]
 );
+CREATE INDEX batch_whole ON batch (closed_time) WHERE manifest IS NOT NULL;  -- what thinning looks through
 
 -- The rule's action applied to the batch of the same number.
 CREATE TABLE run (
@@ -146,17 +149,18 @@ CREATE TABLE alarm (
     acked_time   REAL,
     acked_by     TEXT
 );
-CREATE INDEX alarm_open ON alarm (key) WHERE cleared_time IS NULL;
+CREATE UNIQUE INDEX alarm_open ON alarm (key) WHERE cleared_time IS NULL;
 
 -- Every order a person gave, and what became of it.
 CREATE TABLE ordered (
-    id     INTEGER PRIMARY KEY,
-    verb   TEXT NOT NULL,
-    args   TEXT NOT NULL,
-    who    TEXT NOT NULL,
-    why    TEXT NOT NULL,
-    answer TEXT NOT NULL,
-    time   REAL NOT NULL
+    id       INTEGER PRIMARY KEY,
+    order_id INTEGER NOT NULL,             -- its number in control.db, which may begin anew
+    verb     TEXT NOT NULL,
+    args     TEXT NOT NULL,                -- JSON
+    who      TEXT NOT NULL,
+    why      TEXT NOT NULL,
+    answer   TEXT NOT NULL,                -- JSON
+    time     REAL NOT NULL
 );
 
 -- Rule sets as accepted; the newest is in force.
@@ -164,4 +168,11 @@ CREATE TABLE rule_set (
     id     INTEGER PRIMARY KEY,
     time   REAL NOT NULL,
     source TEXT NOT NULL                   -- JSON: [{"file": ..., "text": ...}]
+);
+
+-- Which versions of the program wrote here, so that an older one can say what it needs.
+CREATE TABLE program (
+    id      INTEGER PRIMARY KEY,
+    version TEXT NOT NULL,
+    time    REAL NOT NULL
 );

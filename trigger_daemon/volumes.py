@@ -6,6 +6,8 @@ import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 from trigger_daemon.workers import Workers
 
@@ -14,13 +16,19 @@ WINDOW_S = 600.0  # the fill rate is the slope over this long
 DEADLINE_S = 10.0
 
 
+class Mark(Protocol):
+    """An amount of a volume, in bytes or as a share of its size."""
+
+    def of(self, total_bytes: int) -> int: ...
+
+
 @dataclass(slots=True)
 class Gauge:
-    """What is known of one volume. A mark below 1 is a share of the volume, else bytes."""
+    """What is known of one volume."""
 
     path: str
-    low: float = 0.2
-    critical: float = 0.05
+    low: Mark
+    critical: Mark
     total_bytes: int = 0
     free_bytes: int = 0
     error: str = ""
@@ -44,7 +52,7 @@ class Gauge:
     def state(self) -> str:
         """Return ok, low or critical."""
         for word, mark in (("critical", self.critical), ("low", self.low)):
-            if self.total_bytes and self.free_bytes < (mark * self.total_bytes if mark < 1 else mark):
+            if self.total_bytes and self.free_bytes < mark.of(self.total_bytes):
                 return word
         return "ok"
 
@@ -78,7 +86,7 @@ class Volumes:
             if not gauge.pending:
                 gauge.pending = True
                 self._workers.submit(
-                    lambda g=gauge: self._read(g), deadline_s=DEADLINE_S, late=lambda g=gauge: self._late(g)
+                    partial(self._read, gauge), deadline_s=DEADLINE_S, late=partial(self._late, gauge)
                 )
 
     def _read(self, gauge: Gauge) -> None:

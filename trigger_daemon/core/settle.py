@@ -222,7 +222,7 @@ class Settling:
             member.seen = fact.began
             self._on_complete(member, fact.ended)
         elif member.stage == SETTLING:
-            if fact.began - member.looked >= self.quiescence_s:
+            if fact.began >= member.looked + self.quiescence_s:  # the sum that made the deadline: no rounding between
                 self.queue.pop(member, None)
                 self._quiet(member, fact.began)
             elif member not in self.queue:
@@ -467,7 +467,7 @@ class Settling:
         elif state != companion.state:
             companion.state, companion.looked, companion.quiet = state, fact.ended, False
             companion.verdict, companion.why = None, "still settling"
-        elif not companion.quiet and fact.began - companion.looked >= self.quiescence_s:
+        elif not companion.quiet and fact.began >= companion.looked + self.quiescence_s:
             if state[0]:
                 companion.quiet, companion.why = True, ""
             else:

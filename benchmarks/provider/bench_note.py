@@ -1,0 +1,57 @@
+"""An action that only notes when it was started: what the daemon itself adds, without a process per file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from trigger_daemon.actions import Context, Differs, Progress, Proof, Request, Unproven
+from trigger_daemon.core.grammar import Option, Options
+from trigger_daemon.core.model import Fault
+
+
+class Action:
+    OPTIONS: Options = {"log": Option("text", "file that receives a line `monotonic_ns path` a start", required=True)}
+    VERIFIES = False
+    PREPARES = False
+
+    def __init__(self, context: Context) -> None:
+        self._descriptors: dict[str, int] = {}
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        pass
+
+    def destination(self, options: Mapping[str, Any]) -> str:
+        return "nowhere"
+
+    def writes(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def prepare(self, request: Request) -> None:
+        return None
+
+    def start(self, request: Request, prepared: Any) -> Any:
+        now_ns = time.monotonic_ns()
+        log = request.options["log"]
+        if log not in self._descriptors:
+            self._descriptors[log] = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        lines = "".join(f"{now_ns} {file.path}\n" for file in request.files)
+        os.write(self._descriptors[log], lines.encode())
+        return {"run": request.run}
+
+    def find(self, request: Request, prepared: Any) -> Any:
+        return {"run": request.run}
+
+    def poll(self, request: Request, handle: Any) -> Progress:
+        return Progress("succeeded")
+
+    def cancel(self, request: Request, handle: Any) -> None:
+        pass
+
+    def verify(self, request: Request, handle: Any) -> Proof | Differs | Unproven:
+        return Unproven(Fault("permanent", "a note proves nothing"))
+
+    def close(self) -> None:
+        pass

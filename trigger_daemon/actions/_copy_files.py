@@ -1,0 +1,299 @@
+"""Single files, as the copying workers handle them: names, digests, versions, faults, reading back.
+
+Nothing here decides what becomes of a batch; that is `_copy_job`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from trigger_daemon.actions._copy_pace import Pace
+from trigger_daemon.actions._copy_system import ALIGNMENT, O_DIRECT, O_NOATIME, aligned_buffer, drop_cached, is_cached
+
+NAME_MAX = 255  # bytes of a name on every file system we know
+BLOCK = 8 * 1024 * 1024
+SMALL_READ = 1024 * 1024  # up to here a file is read in one call
+DIGESTS = ("xxh3", "blake3", "sha256", "md5")
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+AWAY = frozenset({
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENODEV,
+    errno.ENXIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EBUSY, errno.EAGAIN, errno.EINTR, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.ETXTBSY,
+})  # fmt: skip
+_TEMP = re.compile(rb"\.(?P<name>.*)\.(?P<owner>[0-9a-f]{6})(?P<file>[0-9a-f]{6})"
+                   rb"\.(?P<version>[0-9a-f]{8})\.(?P<run>\d+)-(?P<attempt>\d+)\.part", re.DOTALL)  # fmt: skip
+
+
+class Hash(Protocol):
+    def update(self, data: Any, /) -> object: ...
+    def digest(self) -> bytes: ...
+    def hexdigest(self) -> str: ...
+
+
+def new_hash(name: str) -> Callable[[], Hash]:
+    """Return what makes a hash object for a `digest` option; raise ImportError if its library is not there."""
+    if name in ("sha256", "md5"):
+        return getattr(hashlib, name)  # type: ignore[no-any-return]
+    if name == "blake3":
+        return importlib.import_module("blake3").blake3  # type: ignore[no-any-return]
+    return importlib.import_module("xxhash").xxh3_128  # type: ignore[no-any-return]
+
+
+class Trouble(Exception):
+    """Something that stops a file, a destination, or the whole attempt (`scope`: file, destination, batch)."""
+
+    def __init__(self, kind: str, scope: str, why: str, hint: str = "", *, counts: bool = True) -> None:
+        super().__init__(why)
+        self.kind = kind
+        self.scope = scope
+        self.why = why
+        self.hint = hint
+        self.counts = counts
+
+    def fault(self) -> dict[str, Any]:
+        return {"kind": self.kind, "scope": self.scope, "why": self.why, "hint": self.hint, "counts": self.counts}
+
+
+class Changed(Exception):
+    """The source is no longer the manifest's version; the text says how."""
+
+
+class Differs(Exception):
+    """What was read back is not what was written."""
+
+
+def at_destination(fault: OSError, doing: str, path: bytes) -> Trouble:
+    """Return what an error while touching a target means, in words for the person who must act."""
+    shown = printable(path)
+    words = f"cannot {doing} {shown}: {fault.strerror or fault}"
+    code = fault.errno
+    if code in NO_SPACE:
+        return Trouble("transient", "destination", words, "make room there; the copy goes on by itself", counts=False)
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return Trouble("person", "destination", words,
+                       "give the daemon's user the right to write there, then `trigger-daemon runs retry`")
+    if code in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+        return Trouble("permanent", "file", words, "the destination cannot hold this name; rename the file")
+    if code in (errno.EFBIG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+        return Trouble("person", "file", words, "move aside what stands in the way, then `trigger-daemon runs retry`")
+    if code in AWAY:
+        return Trouble("transient", "destination", words, "is the destination mounted, and its server or disk well?")
+    return Trouble("transient", "destination", words)
+
+
+def at_source(fault: OSError, path: bytes) -> Trouble:
+    """Return what an error while reading a source means; never that the file is gone."""
+    hint = "" if fault.errno not in (errno.EACCES, errno.EPERM) else "the daemon's user must be able to read it"
+    return Trouble("transient", "file", f"cannot read {printable(path)}: {fault.strerror or fault}", hint)
+
+
+def printable(path: bytes) -> str:
+    """Return a path for people: bytes that are no UTF-8, and control characters, as escapes."""
+    text = path.decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# ---------------------------------------------------------------------------- names
+
+
+def file_tag(name: bytes) -> bytes:
+    """Return six hex digits for a target's name: a trimmed temporary name alone would not tell two targets apart."""
+    return hashlib.blake2b(name, digest_size=3).hexdigest().encode()
+
+
+def version_tag(size: int, mtime_ns: int, digest: str) -> str:
+    """Return eight hex digits for a version and the way it is digested."""
+    return hashlib.blake2b(f"{size}:{mtime_ns}:{digest}".encode(), digest_size=4).hexdigest()
+
+
+def temp_name(target: bytes, owner: str, version: str, run: int, attempt: int) -> bytes:
+    """Return the temporary path beside a target: hidden, ours, of this file, version, run and attempt."""
+    directory, _, name = target.rpartition(b"/")
+    tail = b".%s%s.%s.%d-%d.part" % (owner.encode(), file_tag(name), version.encode(), run, attempt)
+    return directory + b"/." + name[: NAME_MAX - 1 - len(tail)] + tail
+
+
+def ours(name: bytes, owner: str) -> tuple[bytes, int] | None:
+    """Return the file tag and the run of a temporary name of ours, else None."""
+    found = _TEMP.fullmatch(name)
+    if not found or found["owner"] != owner.encode():
+        return None
+    return found["file"], int(found["run"])
+
+
+# -------------------------------------------------------------------------- sources
+
+
+class Source:
+    """One file version, open for reading. Raises Changed when it is, or becomes, another version."""
+
+    def __init__(self, path: bytes, size: int, mtime_ns: int) -> None:
+        self.path = path
+        self.size = size
+        self.mtime_ns = mtime_ns
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
+        try:
+            self.fd = _open_quietly(path, flags)
+        except FileNotFoundError:
+            raise self._missing() from None
+        except OSError as fault:
+            if fault.errno in (errno.ELOOP, errno.ENXIO):
+                raise Changed("is no longer a regular file") from None
+            raise at_source(fault, path) from fault
+        try:
+            self.state = self.check()
+        except BaseException:
+            os.close(self.fd)
+            raise
+        # Pages nobody had in the cache before us are given back after reading.
+        self.gives_back = size > 0 and not (is_cached(self.fd, 0) or is_cached(self.fd, size - 1))
+
+    def _missing(self) -> Changed | Trouble:
+        """Tell a file that is gone from a root that is lost: an empty or missing directory proves nothing."""
+        directory = self.path.rpartition(b"/")[0]
+        try:
+            with os.scandir(directory) as entries:
+                if any(True for _ in entries):
+                    return Changed("is gone")
+        except OSError as fault:
+            return at_source(fault, self.path)
+        return Trouble("transient", "file", f"{printable(self.path)} is gone, and all beside it",
+                       "is the watched directory mounted?")
+
+    def check(self) -> os.stat_result:
+        try:
+            state = os.fstat(self.fd)
+        except OSError as fault:
+            raise at_source(fault, self.path) from fault
+        if not stat.S_ISREG(state.st_mode):
+            raise Changed("is no longer a regular file")
+        if state.st_size != self.size:
+            raise Changed(f"had {self.size} bytes, has {state.st_size}")
+        if state.st_mtime_ns != self.mtime_ns:
+            raise Changed("was written again")
+        return state
+
+    def read_whole(self, pace: Pace) -> bytes:
+        """Return a small file's content, read in one call; raise Changed if it was not the version throughout."""
+        pace.spend(self.size)
+        try:
+            data = os.read(self.fd, self.size + 1)
+        except OSError as fault:
+            raise at_source(fault, self.path) from fault
+        if len(data) != self.size:
+            self.check()
+            return b"".join(self.pieces(pace, bytearray(SMALL_READ)))
+        self.check()
+        if self.gives_back:
+            drop_cached(self.fd)
+        return data
+
+    def fill(self, view: memoryview, offset: int, pace: Pace) -> None:
+        """Read exactly `len(view)` bytes at `offset`, at the allowed rate."""
+        got = 0
+        while got < len(view):
+            want = min(len(view) - got, pace.piece())
+            pace.spend(want)
+            try:
+                n = os.preadv(self.fd, [view[got : got + want]], offset + got)
+            except OSError as fault:
+                raise at_source(fault, self.path) from fault
+            if n == 0:
+                self.check()
+                raise Changed("ended before its size")
+            got += n
+        if self.gives_back:
+            drop_cached(self.fd, offset, len(view))
+
+    def pieces(self, pace: Pace, buffer: bytearray) -> Any:
+        """Yield the content in views of `buffer`; the version is checked at the end."""
+        view = memoryview(buffer)
+        offset = 0
+        while offset < self.size:
+            part = view[: min(len(buffer), self.size - offset)]
+            self.fill(part, offset, pace)
+            yield part
+            offset += len(part)
+        self.check()
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _open_quietly(path: bytes, flags: int) -> int:
+    try:
+        return os.open(path, flags | O_NOATIME)
+    except PermissionError:
+        return os.open(path, flags)  # only the owner may ask for O_NOATIME
+
+
+# ------------------------------------------------------------------------ read back
+
+_space = threading.local()
+
+
+def _read_buffer() -> memoryview:
+    """Return this thread's aligned buffer."""
+    buffer: memoryview | None = getattr(_space, "buffer", None)
+    if buffer is None:
+        buffer = _space.buffer = aligned_buffer(SMALL_READ)
+    return buffer
+
+
+def open_past_cache(path: bytes, direct: bool) -> tuple[int, bool]:
+    """Open for reading from the disk; return the descriptor and whether O_DIRECT was granted."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    if direct and O_DIRECT:
+        try:
+            return os.open(path, flags | O_DIRECT), True
+        except OSError as fault:
+            if fault.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    return os.open(path, flags), False
+
+
+def read_back(path: bytes, make: Callable[[], Hash], pace: Pace, *, direct: bool) -> tuple[str, os.stat_result, bool]:
+    """Return digest and state of a file as the disk has it, and whether O_DIRECT served it.
+
+    Where O_DIRECT is refused the page cache is dropped first, which needs the
+    file to be synced: dirty pages would stay and be read instead of the disk.
+    """
+    fd, direct = open_past_cache(path, direct)
+    try:
+        whole = make()
+        state = os.fstat(fd)
+        if not stat.S_ISREG(state.st_mode):
+            raise Differs("is not a regular file")
+        drop_cached(fd)
+        buffer = _read_buffer()
+        offset = 0
+        while offset < state.st_size:
+            pace.check()
+            want = min(len(buffer), -(-(state.st_size - offset) // ALIGNMENT) * ALIGNMENT)
+            try:
+                n = os.preadv(fd, [buffer[:want]], offset)
+            except OSError as fault:
+                if not direct or fault.errno != errno.EINVAL:
+                    raise
+                again, direct = open_past_cache(path, False)
+                os.close(fd)
+                fd = again
+                drop_cached(fd)
+                continue
+            if n == 0:
+                raise Differs("ended before its size")
+            whole.update(buffer[:n])
+            offset += n
+        if not direct:
+            drop_cached(fd)
+        return whole.hexdigest(), state, direct
+    finally:
+        os.close(fd)

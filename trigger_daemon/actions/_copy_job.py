@@ -1,0 +1,894 @@
+"""One attempt of `copy`, as a worker carries it out.
+
+The order that holds, for each group of small files and each large one: write
+under temporary names, sync, read back past the page cache, record the proof,
+rename, fsync the directories. Whatever ends this process between any two of
+these steps, repeating the attempt ends in the same state: nothing partial
+stands under a final name, and nothing that was proven is believed unproven or
+the other way round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from trigger_daemon.actions._copy_files import (
+    SMALL_READ,
+    Changed,
+    Differs,
+    Hash,
+    Source,
+    Trouble,
+    at_destination,
+    file_tag,
+    new_hash,
+    ours,
+    printable,
+    read_back,
+    temp_name,
+    version_tag,
+)
+from trigger_daemon.actions._copy_pace import Cancelled, Pace
+from trigger_daemon.actions._copy_store import Proven, Store, inode_key
+from trigger_daemon.actions._copy_system import (
+    SYNCFS_TYPES,
+    RangeLocks,
+    fsync_directory,
+    fsync_path,
+    rename_new,
+    syncfs,
+)
+from trigger_daemon.failpoints import fail_point
+from trigger_daemon.mounts import mount_of
+
+LARGE = 64 * 1024 * 1024  # above: by itself, in segments; up to here: in groups
+GROUP_FILES = 1000  # one sync a group; more would hold finished files back for longer
+GROUP_BYTES = 256 * 1024 * 1024
+GROUP_S = 5.0  # a slow copy shows its finished files this often
+SYNC_EACH = 16  # below so many files each is fsynced: syncfs waits for everybody else's data too
+READERS = 8  # threads that read back
+TROUBLES_MAX = 100  # files that may fail before the attempt is given up
+DIRECTORIES_MAX = 10_000  # whose leftovers a worker remembers to have looked for
+OWN_WAIT_S = 5.0  # for an earlier worker of the same run to be gone
+LOCK_HOMES = (1 << 62) - 1  # numbers above those of runs
+LOCK_SUMS = 1 << 62
+MODE_MIN = 0o600
+
+
+@dataclass(slots=True)
+class File:
+    index: int
+    root: str
+    path: str
+    size: int
+    mtime_ns: int
+    source: bytes
+
+
+@dataclass(slots=True)
+class Destination:
+    """One `to`. `trouble` once something is wrong with all of it: it is then left alone."""
+
+    index: int
+    path: bytes
+    static: bytes  # must exist; only what is below is ever created
+    trouble: Trouble | None = None
+    whole_sync: bool = False
+    in_memory: bool = False
+    sync_fd: int = -1
+    direct: bool = True
+
+
+@dataclass(slots=True)
+class Unit:
+    """One file at one destination."""
+
+    file: File
+    dest: Destination
+    target: bytes
+    replaces: bool
+    temp: bytes = b""
+    digest: str = ""
+    inode: int = 0
+    mtime_ns: int = 0
+    how: str = ""
+
+
+@dataclass(slots=True)
+class Group:
+    units: list[Unit] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def is_full(self) -> bool:
+        return (self.files >= GROUP_FILES or self.bytes >= GROUP_BYTES
+                or (self.files > 0 and time.monotonic() - self.began > GROUP_S))
+
+
+class Memory:
+    """What a worker knows from its earlier jobs; void when the generation changes."""
+
+    def __init__(self) -> None:
+        self.generation = -1
+        self.kept: OrderedDict[bytes, dict[bytes, list[bytes]]] = OrderedDict()  # directory -> file tag -> leftovers
+        self.homes: dict[bytes, tuple[int, str]] = {}  # static path -> device, type of its file system
+        self.readers = ThreadPoolExecutor(READERS, "read-back")
+        self.finisher = ThreadPoolExecutor(1, "finish")
+
+    def use(self, generation: int) -> None:
+        if generation != self.generation:
+            self.generation = generation
+            self.kept.clear()
+            self.homes.clear()
+
+
+class Job:
+    """One order of the daemon: copy, prove or clean."""
+
+    def __init__(self, order: Mapping[str, Any], store: Store, locks: RangeLocks, pace: Pace, memory: Memory) -> None:
+        self.do: str = order["do"]
+        self.run_id: int = order["run"]
+        self.attempt: int = order["attempt"]
+        self.owner: str = order["owner"]
+        self.replace: bool = order["if_exists"] == "replace"
+        self.digest: str = order["digest"]
+        self.flat: bool = order["layout"] == "flat"
+        self.sums: bytes = os.fsencode(order["sums"] or "")
+        self.state_dir: str = order["state_dir"]
+        self.segment_bytes: int = order["segment"]
+        self.large: int = order["large"]
+        self.store = store
+        self.locks = locks
+        self.pace = pace
+        self.memory = memory
+        self.files = [
+            File(i, root, path, size, mtime_ns, os.fsencode(root) + b"/" + os.fsencode(path))
+            for i, (root, path, size, mtime_ns) in enumerate(order["files"])
+        ]
+        self.dests = [
+            Destination(i, os.fsencode(path), os.fsencode(static)) for i, (path, static) in enumerate(order["to"])
+        ]
+        self.proven: dict[tuple[int, int], tuple[bytes, int, int, int, dict[str, Any]]] = {}
+        self.hexes: dict[tuple[int, int], str] = {}  # what is done: (file, destination) -> digest
+        self.wanting = [len(self.dests)] * len(self.files)  # destinations still to be done
+        self.left = False  # parts stay for a later attempt
+        self.files_done = 0
+        self.bytes_done = 0
+        self.resumed = 0  # bytes of earlier attempts that were proven, not copied
+        self.moving = 0  # bytes of the large file under way
+        self.equal = 0
+        self.changed: list[str] = []
+        self.differs: dict[str, str] = {}
+        self.troubles: list[Trouble] = []
+        self.redo: dict[int, File] = {}
+        self.second = False
+        self.hows: set[str] = set()
+        self.fresh: set[bytes] = set()  # directories with new directories in them
+        self.make: Callable[[], Hash]
+
+    # ------------------------------------------------------------------ the order
+
+    def run(self) -> dict[str, Any]:
+        """Carry the order out and say what became of it."""
+        began = time.monotonic()
+        status = "succeeded"
+        try:
+            self.make = new_hash(self.digest)
+            self._own()
+            if self.do == "clean":
+                self._clean()
+                status = "cancelled"
+            else:
+                self._work()
+        except Cancelled:
+            self._clean()
+            status = "cancelled"
+        except Trouble as trouble:
+            self.troubles.append(trouble)
+        except sqlite3.Error as fault:
+            self.troubles.append(Trouble("transient", "batch", f"cannot keep proofs in {self.state_dir}: {fault}",
+                                         "is that disk full?", counts=False))
+        except ImportError as fault:
+            self.troubles.append(Trouble("person", "batch", f"digest {self.digest} needs a library: {fault}",
+                                         f"install it, or choose another digest than {self.digest}"))
+        finally:
+            for dest in self.dests:
+                if dest.sync_fd >= 0:
+                    os.close(dest.sync_fd)
+            self.locks.give(self.run_id)
+        troubles = self.troubles + [dest.trouble for dest in self.dests if dest.trouble]
+        if troubles and status == "succeeded":
+            status = "failed"
+        return {
+            "status": status,
+            "fault": _worst(troubles) if status == "failed" else None,
+            "changed": self.changed,
+            "differs": self.differs,
+            "files": self.files_done,
+            "bytes": self.bytes_done,
+            "left": self.left,
+            "output": {
+                "files": self.files_done, "bytes": self.bytes_done, "equal_already": self.equal,
+                "resumed_bytes": self.resumed, "read_back": sorted(self.hows),
+                "seconds": round(time.monotonic() - began, 3),
+            },
+        }  # fmt: skip
+
+    def _own(self) -> None:
+        """Take the run's lock: a worker of an earlier daemon may be dying in a hung call, and could still rename."""
+        until = time.monotonic() + OWN_WAIT_S
+        while not self.locks.take(self.run_id):
+            self.pace.check()
+            if time.monotonic() > until:
+                raise Trouble("transient", "destination", "an earlier worker of this run hangs at the destination",
+                              "is the destination's server well? the copy goes on once that worker is gone",
+                              counts=False)
+            time.sleep(0.02)
+
+    def _work(self) -> None:
+        for dest in self.dests:
+            self._open(dest)
+        if all(dest.trouble for dest in self.dests):
+            return
+        self.proven = self.store.proofs(self.run_id)
+        if self.do == "prove":
+            self._prove_all()
+            return
+        self._copy_all(self.files)
+        if self.redo:
+            # Written, and lost or changed on the way to the disk: everything anew, from the source, once.
+            again, self.redo, self.second = list(self.redo.values()), {}, True
+            self._copy_all(again)
+        if self.sums:
+            self._write_sums()
+
+    def _copy_all(self, files: Iterable[File]) -> None:
+        """Copy in groups; a group is finished (synced, read back, renamed) while the next is written."""
+        from trigger_daemon.actions._copy_large import copy_large
+
+        group = Group()
+        finishing: Future[None] | None = None
+        try:
+            for file in files:
+                try:
+                    if file.size > self.large:
+                        copy_large(self, file, self._wanted(file, group))
+                    else:
+                        self._write_small(file, self._wanted(file, group), group)
+                except Changed as change:
+                    self._note_change(file, str(change))
+                except Trouble as trouble:
+                    self._note(trouble)
+                if group.is_full():
+                    if finishing:
+                        finishing.result()
+                    finishing = self.memory.finisher.submit(self._finish, group)
+                    group = Group()
+                if len(self.troubles) > TROUBLES_MAX or all(dest.trouble for dest in self.dests):
+                    break
+            if finishing:
+                finishing.result()
+                finishing = None
+            self._finish(group)
+        except BaseException:
+            if finishing:
+                with contextlib.suppress(Exception):
+                    finishing.result()
+            self._unlink(unit.temp for unit in group.units)
+            raise
+
+    def _note(self, trouble: Trouble) -> None:
+        if trouble.scope == "batch":
+            raise trouble
+        self.troubles.append(trouble)
+
+    def _note_change(self, file: File, why: str) -> None:
+        self.changed.append(file.path)
+        self.store.change(self.run_id, file.index, file.path, why)
+
+    def note_at(self, dest: Destination, fault: OSError, doing: str, path: bytes) -> None:
+        """Note an error while touching a target: of the file, or of the whole destination, which is then left alone."""
+        trouble = at_destination(fault, doing, path)
+        if trouble.scope == "destination":
+            dest.trouble = dest.trouble or trouble
+        else:
+            self.troubles.append(trouble)
+
+    def done(self, unit: Unit) -> None:
+        """Count one file at one destination as finished."""
+        self.hexes[unit.file.index, unit.dest.index] = unit.digest
+        self.wanting[unit.file.index] -= 1
+        if not self.wanting[unit.file.index]:
+            self.files_done += 1
+            self.bytes_done += unit.file.size
+
+    # --------------------------------------------------------------- destinations
+
+    def _open(self, dest: Destination) -> None:
+        """Look whether a destination is there, and on the mount it was always on."""
+        self.pace.doing = f"looking at {printable(dest.static)}"
+        try:
+            dest.sync_fd = os.open(dest.static, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            device = os.fstat(dest.sync_fd).st_dev
+            home = self.memory.homes.get(dest.static)
+            if home is None or home[0] != device:
+                home = (device, self._check_home(dest))
+                self.memory.homes[dest.static] = home
+            dest.whole_sync = home[1] in SYNCFS_TYPES
+            dest.in_memory = home[1] in ("tmpfs", "ramfs")
+            dest.direct = not dest.in_memory
+        except FileNotFoundError:
+            dest.trouble = Trouble("transient", "destination", f"{printable(dest.static)} is not there",
+                                   "mount it, or create the directory; the copy goes on by itself", counts=False)
+        except Trouble as trouble:
+            dest.trouble = trouble
+        except OSError as fault:
+            dest.trouble = at_destination(fault, "open", dest.static)
+
+    def _check_home(self, dest: Destination) -> str:
+        """Return the file system's type; raise Trouble when the mount that was here is missing.
+
+        An empty mount point looks like an empty destination, and would fill the
+        wrong disk. So the mount of each destination is remembered.
+        """
+        mount = mount_of(os.path.realpath(dest.static))
+        if mount is None:
+            return ""
+        book = os.path.join(self.state_dir, "destinations.json")
+        self.locks.take(LOCK_HOMES, wait=True)
+        try:
+            homes: dict[str, str] = {}
+            with contextlib.suppress(FileNotFoundError, ValueError), open(book, encoding="utf-8") as written:
+                homes = json.load(written)
+            name = os.fsdecode(dest.static)
+            before = homes.get(name, "")
+            if len(before) > len(mount.mountpoint) and before.startswith(mount.mountpoint):
+                raise Trouble("transient", "destination",
+                              f"{before} is not mounted, and {printable(dest.static)} was on it",
+                              f"mount it; if it was moved on purpose, take its line out of {book}", counts=False)
+            if before != mount.mountpoint:
+                homes[name] = mount.mountpoint
+                with open(book + ".new", "w", encoding="utf-8") as new:
+                    json.dump(homes, new, indent=1)
+                    new.flush()
+                    os.fsync(new.fileno())
+                os.rename(book + ".new", book)
+        finally:
+            self.locks.give(LOCK_HOMES)
+        return mount.fstype
+
+    def target(self, file: File, dest: Destination) -> bytes:
+        path = os.fsencode(file.path)
+        return dest.path + b"/" + (path.rpartition(b"/")[2] if self.flat else path)
+
+    def _make_directory(self, dest: Destination, directory: bytes) -> None:
+        """Create a target's directory below the static part of its destination; raise Trouble, OSError."""
+        missing = []
+        here = directory
+        while True:
+            if len(here) <= len(dest.static):
+                if os.path.isdir(dest.static):
+                    break
+                raise FileNotFoundError(2, "the destination is gone", os.fsdecode(dest.static))
+            try:
+                os.mkdir(here)
+            except FileExistsError:
+                break
+            except FileNotFoundError:
+                missing.append(here)
+                here = here.rpartition(b"/")[0]
+            else:
+                self.fresh.add(here.rpartition(b"/")[0])
+                break
+        for here in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(here)
+            self.fresh.add(here.rpartition(b"/")[0])
+
+    # ------------------------------------------------------------ what stands there
+
+    def _wanted(self, file: File, group: Group) -> list[Unit]:
+        """Return where a file still has to be written; note what is done, and what stands in the way."""
+        wanted = []
+        for dest in self.dests:
+            if dest.trouble or (file.index, dest.index) in self.hexes:
+                continue
+            unit = Unit(file, dest, self.target(file, dest), False)
+            self.pace.doing = "looking at the target of " + file.path
+            try:
+                self._sweep(unit)
+                if self._must_write(unit, group):
+                    wanted.append(unit)
+            except Trouble as trouble:
+                self._note(trouble)
+            except OSError as fault:
+                self.note_at(dest, fault, "look at", unit.target)
+        return wanted
+
+    def _must_write(self, unit: Unit, group: Group) -> bool:
+        there = _state(unit.target)
+        known = self.proven.get((unit.file.index, unit.dest.index))
+        if known:
+            temp, inode, size, mtime_ns, record = known
+            unit.digest = record["digest"].partition(":")[2]
+            unit.how = record["read_back"]
+            if there and (inode_key(there.st_ino), there.st_size, there.st_mtime_ns) == (inode, size, mtime_ns):
+                # Proven by an attempt that was cut short; the name may not be durable yet.
+                fsync_directory(unit.target.rpartition(b"/")[0])
+                self.done(unit)
+                return False
+            waiting = _state(temp) if temp else None
+            if waiting and (inode_key(waiting.st_ino), waiting.st_size, waiting.st_mtime_ns) == (inode, size, mtime_ns):
+                unit.replaces = there is not None
+                if there is None or self._is_earlier(unit, there):
+                    # Proven, and not renamed: the group's end renames it.
+                    unit.temp, unit.inode, unit.mtime_ns = temp, inode, mtime_ns
+                    group.units.append(unit)
+                    group.files += 1
+                    return False
+            self._unlink([temp])
+            unit.digest = unit.how = ""
+        if there is None:
+            return True
+        unit.replaces = True
+        if self._is_source(unit, there):
+            raise Trouble("person", "file", f"{printable(unit.target)} is the source itself, by another way",
+                          "choose another `to`: this would be no copy")
+        return self._may_replace(unit, there)
+
+    def _is_source(self, unit: Unit, there: os.stat_result) -> bool:
+        source = _state(unit.file.source)
+        return source is not None and (source.st_dev, source.st_ino) == (there.st_dev, there.st_ino)
+
+    def _is_ours(self, unit: Unit, there: os.stat_result) -> bool:
+        return stat.S_ISREG(there.st_mode) and (there.st_size, there.st_mtime_ns) in self.store.wrote(unit.target)
+
+    def _is_earlier(self, unit: Unit, there: os.stat_result) -> bool:
+        """Tell whether an earlier version stands there, written by us."""
+        version = (unit.file.size, unit.file.mtime_ns)
+        return (there.st_size, there.st_mtime_ns) != version and self._is_ours(unit, there)
+
+    def _may_replace(self, unit: Unit, there: os.stat_result) -> bool:
+        """Say whether what stands at the target gives way; False: it is equal, and now proven. Raises Trouble."""
+        if self._is_earlier(unit, there):
+            return True
+        if stat.S_ISREG(there.st_mode) and there.st_size == unit.file.size and self._prove(unit):
+            return False
+        if self._is_ours(unit, there) or (self.replace and not stat.S_ISDIR(there.st_mode)):
+            return True
+        raise Trouble("person", "file", f"{printable(unit.target)} exists already, and is not what we wrote",
+                      "move it away (or set `if_exists: replace`), then `trigger-daemon runs retry`")
+
+    def _prove(self, unit: Unit) -> bool:
+        """Read source and target, whole; record the proof if they are equal. Raises Changed, Trouble, OSError."""
+        file, dest = unit.file, unit.dest
+        self.pace.doing = "reading " + file.path
+        source = Source(file.source, file.size, file.mtime_ns)
+        try:
+            whole = self.make()
+            for piece in source.pieces(self.pace, bytearray(SMALL_READ)):
+                whole.update(piece)
+        finally:
+            source.close()
+        self.pace.doing = "reading back " + printable(unit.target)
+        fsync_path(unit.target, os.O_NOFOLLOW)
+        try:
+            digest, state, direct = read_back(unit.target, self.make, self.pace, direct=dest.direct)
+        except Differs:
+            return False
+        if digest != whole.hexdigest():
+            return False
+        fsync_directory(unit.target.rpartition(b"/")[0])
+        unit.digest, unit.inode, unit.mtime_ns = digest, state.st_ino, state.st_mtime_ns
+        unit.how = self.how(dest, direct)
+        self.store.prove(self.run_id, [self.proof(unit)])
+        self.equal += 1
+        self.done(unit)
+        return True
+
+    def how(self, dest: Destination, direct: bool) -> str:
+        """Return the word for how the copy was read back."""
+        word = "memory" if dest.in_memory else "direct" if direct else "dropped"
+        self.hows.add(word)
+        return word
+
+    def proof(self, unit: Unit) -> Proven:
+        file = unit.file
+        record = {
+            "path": file.path, "root": file.root, "size": file.size, "mtime_ns": file.mtime_ns,
+            "digest": f"{self.digest}:{unit.digest}", "to": os.fsdecode(unit.target), "to_inode": unit.inode,
+            "to_mtime_ns": unit.mtime_ns, "read_back": unit.how, "attempt": self.attempt,
+        }  # fmt: skip
+        return Proven(file.index, unit.dest.index, unit.target, unit.temp, unit.inode, file.size, unit.mtime_ns, record)
+
+    def _prove_all(self) -> None:
+        """Prove by reading both sides; nothing is written."""
+        for file in self.files:
+            for dest in self.dests:
+                if dest.trouble:
+                    continue
+                unit = Unit(file, dest, self.target(file, dest), False)
+                try:
+                    there = _state(unit.target)
+                    if there is None:
+                        self.differs[file.path] = f"{printable(unit.target)} is missing"
+                    elif self._is_source(unit, there):
+                        self.differs[file.path] = f"{printable(unit.target)} is the source itself"
+                    elif there.st_size != file.size or not self._prove(unit):
+                        self.differs[file.path] = f"{printable(unit.target)} differs"
+                except Changed as change:
+                    self._note_change(file, str(change))
+                    break
+                except Trouble as trouble:
+                    self._note(trouble)
+                except OSError as fault:
+                    self.note_at(dest, fault, "read back", unit.target)
+
+    # ------------------------------------------------------------------- leftovers
+
+    def _sweep(self, unit: Unit) -> None:
+        """Remove what workers that were killed left of this file, and of others that nobody will come back to."""
+        directory, _, name = unit.target.rpartition(b"/")
+        kept = self.memory.kept.get(directory)
+        if kept is None:
+            kept = self._sweep_directory(directory)
+            self.memory.kept[directory] = kept
+            if len(self.memory.kept) > DIRECTORIES_MAX:
+                self.memory.kept.popitem(last=False)
+        if not kept:
+            return
+        own = self.store.temps(self.run_id)
+        self._unlink(temp for temp in kept.pop(file_tag(name), []) if temp not in own)
+
+    def _sweep_directory(self, directory: bytes) -> dict[bytes, list[bytes]]:
+        """List a directory once; return file tag -> leftovers that a repeated attempt may still want."""
+        kept: dict[bytes, list[bytes]] = {}
+        try:
+            names = os.listdir(directory)
+        except FileNotFoundError:
+            return kept
+        wanted: dict[int, set[bytes]] = {}
+        for name in names:
+            found = ours(name, self.owner) if name.endswith(b".part") else None
+            if found is None:
+                continue
+            tag, run = found
+            temp = directory + b"/" + name
+            if run != self.run_id and not self._is_over(run):
+                continue
+            if run not in wanted:
+                wanted[run] = self.store.temps(run)
+            if temp in wanted[run]:
+                kept.setdefault(tag, []).append(temp)
+            else:
+                self._unlink([temp])
+        return kept
+
+    def _is_over(self, run: int) -> bool:
+        """Tell whether no worker works for another run now."""
+        if not self.locks.take(run):
+            return False
+        self.locks.give(run)
+        return True
+
+    def _unlink(self, temps: Iterable[bytes]) -> None:
+        for temp in temps:
+            if temp:
+                with contextlib.suppress(OSError):  # a destination that is away: swept when it is back
+                    os.unlink(temp)
+
+    def _clean(self) -> None:
+        """Remove every temporary file of this run; what has its final name stays."""
+        self.pace.cancelled = False
+        self._unlink(self.store.temps(self.run_id))
+        for directory in {self.target(f, d).rpartition(b"/")[0] for f in self.files for d in self.dests}:
+            with contextlib.suppress(OSError):
+                for name in os.listdir(directory):
+                    found = ours(name, self.owner)
+                    if found and found[1] == self.run_id:
+                        self._unlink([directory + b"/" + name])
+        self.store.forget(self.run_id)
+
+    # ----------------------------------------------------------------- small files
+
+    def open_temp(self, unit: Unit, mode: int) -> int:
+        """Create the temporary file beside a target, exclusively. Raises OSError."""
+        version = version_tag(unit.file.size, unit.file.mtime_ns, self.digest)
+        unit.temp = temp_name(unit.target, self.owner, version, self.run_id, self.attempt)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        mode = (mode & 0o777) | MODE_MIN
+        for _ in range(2):
+            try:
+                return os.open(unit.temp, flags, mode)
+            except FileExistsError:
+                os.unlink(unit.temp)  # of this very attempt, cut short
+            except FileNotFoundError:
+                self._make_directory(unit.dest, unit.temp.rpartition(b"/")[0])
+        return os.open(unit.temp, flags, mode)
+
+    def _write_small(self, file: File, units: Sequence[Unit], group: Group) -> None:
+        """Read a file once, hashing, and write it under temporary names. Raises Changed, Trouble."""
+        if not units:
+            return
+        self.pace.doing = "reading " + file.path
+        source = Source(file.source, file.size, file.mtime_ns)
+        open_units: list[tuple[Unit, int]] = []
+        try:
+            whole = self.make()
+            if file.size <= SMALL_READ:
+                data = source.read_whole(self.pace)
+                whole.update(data)
+                open_units = self._open_temps(units, source.state)
+                open_units = self._write_piece(open_units, data)
+            else:
+                open_units = self._open_temps(units, source.state)
+                for piece in source.pieces(self.pace, bytearray(SMALL_READ)):
+                    whole.update(piece)
+                    open_units = self._write_piece(open_units, piece)
+            digest = whole.hexdigest()
+            self._close_temps(open_units, digest, source.state, group)
+            open_units = []
+        finally:
+            source.close()
+            for unit, fd in open_units:
+                os.close(fd)
+                self._unlink([unit.temp])
+        group.files += 1
+        group.bytes += file.size
+
+    def _open_temps(self, units: Sequence[Unit], state: os.stat_result) -> list[tuple[Unit, int]]:
+        opened = []
+        for unit in units:
+            self.pace.doing = "writing " + printable(unit.target)
+            try:
+                opened.append((unit, self.open_temp(unit, state.st_mode)))
+            except OSError as fault:
+                self.note_at(unit.dest, fault, "write", unit.target)
+        return opened
+
+    def _write_piece(self, opened: list[tuple[Unit, int]], data: bytes | memoryview) -> list[tuple[Unit, int]]:
+        """Write to all that still work, and return those."""
+        working = []
+        for unit, fd in opened:
+            try:
+                fail_point("copy.write")
+                written = os.write(fd, data)
+                while written < len(data):
+                    written += os.write(fd, memoryview(data)[written:])
+            except OSError as fault:
+                os.close(fd)
+                self._unlink([unit.temp])
+                self.note_at(unit.dest, fault, "write", unit.target)
+            else:
+                working.append((unit, fd))
+        return working
+
+    def _close_temps(self, opened: list[tuple[Unit, int]], digest: str, state: os.stat_result, group: Group) -> None:
+        for unit, fd in opened:
+            unit.digest = digest
+            try:
+                try:
+                    os.utime(fd, ns=(state.st_mtime_ns, unit.file.mtime_ns))
+                    there = os.fstat(fd)
+                finally:
+                    os.close(fd)
+            except OSError as fault:
+                self._unlink([unit.temp])
+                self.note_at(unit.dest, fault, "write", unit.target)
+                continue
+            unit.inode, unit.mtime_ns = there.st_ino, there.st_mtime_ns
+            group.units.append(unit)
+        fail_point("copy.written")
+
+    # ------------------------------------------------------------- a group's end
+
+    def _finish(self, group: Group) -> None:
+        """Sync, read back, record, rename, fsync directories."""
+        units = group.units
+        try:
+            fresh = [unit for unit in units if not unit.how]  # the others were proven before
+            for dest in self.dests:
+                self._sync(dest, [unit for unit in fresh if unit.dest is dest])
+            fail_point("copy.synced")
+            fresh = [unit for unit in fresh if unit.temp]
+            if len(fresh) > 3:
+                list(self.memory.readers.map(self._verify, fresh))
+            else:
+                for unit in fresh:
+                    self._verify(unit)
+            self.put_in_place([unit for unit in units if unit.temp])
+        except BaseException:
+            self._unlink(unit.temp for unit in units)
+            raise
+
+    def _sync(self, dest: Destination, units: Sequence[Unit]) -> None:
+        """Make what was written durable. A failed sync is never repeated: the files are written anew."""
+        if not units:
+            return
+        self.pace.doing = f"syncing {printable(dest.path)}"
+        try:
+            fail_point("copy.sync")
+            if dest.whole_sync and len(units) >= SYNC_EACH:
+                syncfs(dest.sync_fd)
+            elif len(units) > 3:
+                list(self.memory.readers.map(fsync_path, [unit.temp for unit in units]))
+            else:
+                for unit in units:
+                    fsync_path(unit.temp)
+        except OSError as fault:
+            for unit in units:
+                self.again(unit, at_destination(fault, "sync", unit.target))
+
+    def again(self, unit: Unit, trouble: Trouble) -> None:
+        """Throw away what was written; write it anew once, then the destination is in trouble."""
+        self._unlink([unit.temp])
+        unit.temp = b""
+        if self.second or not trouble.counts:  # no room: writing anew makes none
+            unit.dest.trouble = unit.dest.trouble or trouble
+        else:
+            self.redo[unit.file.index] = unit.file
+
+    def _verify(self, unit: Unit) -> None:
+        """Read back past the page cache and compare."""
+        self.pace.doing = "reading back " + printable(unit.target)
+        try:
+            if fail_point("copy.flip"):
+                damage(unit.temp, unit.file.size // 2)
+            digest, state, direct = read_back(unit.temp, self.make, self.pace, direct=unit.dest.direct)
+        except OSError as fault:
+            self.again(unit, at_destination(fault, "read back", unit.target))
+        except Differs:
+            self.again(unit, reads_differently(unit))
+        else:
+            if digest != unit.digest or state.st_ino != unit.inode:
+                self.again(unit, reads_differently(unit))
+                return
+            unit.dest.direct = direct
+            unit.how = self.how(unit.dest, direct)
+
+    def put_in_place(self, units: Sequence[Unit]) -> None:
+        """Record the proofs, give the files their names, make the names durable."""
+        if not units:
+            return
+        self.pace.doing = "recording proofs"
+        fail_point("copy.verified")
+        self.store.prove(self.run_id, [self.proof(unit) for unit in units])
+        fail_point("copy.proved")
+        placed = [unit for unit in units if self._rename(unit)]
+        fail_point("copy.renamed")
+        fresh, self.fresh = self.fresh, set()
+        directories: dict[bytes, Destination] = {unit.target.rpartition(b"/")[0]: unit.dest for unit in placed}
+        for directory in fresh:
+            directories.setdefault(directory, units[0].dest)
+        for directory, dest in directories.items():
+            self.pace.step()
+            self.pace.doing = f"syncing {printable(directory)}"
+            try:
+                fsync_directory(directory)
+            except OSError as fault:
+                self.note_at(dest, fault, "sync", directory)
+        for unit in placed:
+            if not unit.dest.trouble:
+                self.done(unit)
+        fail_point("copy.placed")
+
+    def _rename(self, unit: Unit) -> bool:
+        self.pace.step()
+        self.pace.doing = "renaming to " + printable(unit.target)
+        try:
+            if unit.replaces:
+                os.rename(unit.temp, unit.target)
+            else:
+                rename_new(unit.temp, unit.target)
+        except OSError as fault:
+            self.store.unprove(self.run_id, unit.file.index, unit.dest.index)
+            self._unlink([unit.temp])
+            if isinstance(fault, FileExistsError):
+                self.troubles.append(Trouble(
+                    "transient", "file", f"{printable(unit.target)} came into being while it was copied",
+                    "who else writes there?",
+                ))  # fmt: skip
+            else:
+                self.note_at(unit.dest, fault, "rename to", unit.target)
+            return False
+        return True
+
+    # ------------------------------------------------------------------------ sums
+
+    def _write_sums(self) -> None:
+        """Merge a line a file into the digest list of each target directory (`sha256sum -c` reads it)."""
+        lines: dict[tuple[int, bytes], dict[bytes, str]] = {}
+        for (index, place), digest in self.hexes.items():
+            directory, _, name = self.target(self.files[index], self.dests[place]).rpartition(b"/")
+            lines.setdefault((place, directory), {})[name] = digest
+        for (place, directory), new in lines.items():
+            dest = self.dests[place]
+            if dest.trouble:
+                continue
+            self.pace.check()
+            self.pace.doing = f"writing {printable(directory)}/{printable(self.sums)}"
+            lock = LOCK_SUMS + int.from_bytes(file_tag(directory), "big")
+            self.locks.take(lock, wait=True)
+            try:
+                self._merge_sums(directory, new)
+            except OSError as fault:
+                self.note_at(dest, fault, "write", directory + b"/" + self.sums)
+            finally:
+                self.locks.give(lock)
+
+    def _merge_sums(self, directory: bytes, new: Mapping[bytes, str]) -> None:
+        target = directory + b"/" + self.sums
+        before: list[bytes] = []
+        with contextlib.suppress(FileNotFoundError), open(target, "rb") as old:
+            before = old.read().split(b"\n")
+        entries = {sums_line(name, digest) for name, digest in new.items()}
+        names = {line.partition(b"  ")[2] for line in entries}
+        after = [line for line in before if line and line.partition(b"  ")[2] not in names] + sorted(
+            entries, key=lambda line: line.partition(b"  ")[2]
+        )
+        if after == before[:-1]:
+            return
+        temp = temp_name(target, self.owner, "0" * 8, self.run_id, self.attempt)
+        try:
+            with open(temp, "wb") as out:
+                out.write(b"".join(line + b"\n" for line in after))
+                out.flush()
+                os.fsync(out.fileno())
+            fail_point("copy.sums")
+            os.rename(temp, target)
+        except OSError:
+            self._unlink([temp])
+            raise
+        fsync_directory(directory)
+
+
+def sums_line(name: bytes, digest: str) -> bytes:
+    """Return a line as `sha256sum` writes it: a name with a backslash or line break is escaped and marked."""
+    escaped = name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
+    return (b"\\" if escaped != name else b"") + digest.encode() + b"  " + escaped
+
+
+def reads_differently(unit: Unit) -> Trouble:
+    return Trouble("person", "destination",
+                   f"{printable(unit.target)}: what was read back is not what was written, twice",
+                   "suspect the disk, its cable or memory at the destination before retrying")
+
+
+def damage(path: bytes, offset: int) -> None:
+    """Flip one bit on the disk: for tests of the reading back."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        byte = os.pread(fd, 1, offset)
+        os.pwrite(fd, bytes([byte[0] ^ 1]), offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _state(path: bytes) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _worst(troubles: Sequence[Trouble]) -> dict[str, Any]:
+    """Return the fault to report: a person's first, because it does not mend itself."""
+    order = {"person": 0, "permanent": 1, "transient": 2}
+    worst = min(troubles, key=lambda trouble: order[trouble.kind])
+    fault = worst.fault()
+    if len(troubles) > 1:
+        fault["why"] += f" (and {len(troubles) - 1} more)"
+    return fault
+

@@ -1,0 +1,351 @@
+"""Copy files to one or several directories, verified: the embedded action and the reference for all others.
+
+Each file is read once while it is hashed, written under a temporary name beside
+its target, made durable, read back past the page cache, recorded as proven, and
+only then renamed. The work is done by worker processes (lanes) of low priority;
+this class never touches a source or a destination itself, so neither a hung
+share nor a slow disk can hold the daemon up. `verify` returns what was read back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trigger_daemon.actions import Context, Differs, Json, Progress, Proof, Refused, Request, Unknown, Unproven
+from trigger_daemon.actions._copy_store import Store
+from trigger_daemon.actions._lanes import Lanes, Pace, Work
+from trigger_daemon.core.grammar import Option, OptionFault
+from trigger_daemon.core.model import Fault, Scope
+
+LANES = 4  # `lanes` in the settings
+DEADLINE_S = 120.0  # without progress, a lane is killed
+LARGE_BYTES = 64 * 1024 * 1024  # larger files are copied in segments
+SEGMENT_BYTES = 256 * 1024 * 1024
+ENDED_MAX = 10_000  # ended attempts remembered; an older one is asked of the disk again
+THIN_EVERY = 10_000  # attempts between two looks at the size of the store
+
+_DATE = re.compile(r"\d{4}-?\d{2}-?\d{2}")
+_LIBRARIES = {"xxh3": "xxhash", "blake3": "blake3"}
+
+
+class Action:
+    """The provider; see the module."""
+
+    OPTIONS = {
+        "to": Option("texts", "where to: an existing directory, or a list of them (each is proved)",
+                     required=True, template=True),
+        "layout": Option("enum", "keep the path below the root, or put all files flat into `to`",
+                         default="keep", choices=("keep", "flat")),
+        "if_exists": Option("enum", "a different file that we did not write stands at the target: hold, or replace it",
+                            default="hold", choices=("hold", "replace")),
+        "digest": Option("enum", "what content is hashed with",
+                         default="xxh3", choices=("xxh3", "blake3", "sha256", "md5")),
+        "sums": Option("text", "keep a list of digests under this name in each target directory, such as SHA256SUMS",
+                       template=True),
+        "bandwidth": Option("rate", "read no faster than this, for each run"),
+    }  # fmt: skip
+    VERIFIES = True
+    PREPARES = False
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._lock = threading.Lock()
+        self._work: OrderedDict[tuple[int, int], Work] = OrderedDict()
+        self._life = os.urandom(6).hex()  # of this object: a handle of another daemon's life is told by it
+        self._started = 0
+        self._store: Store | None = None
+        self._lanes: Lanes | None = None
+        self._owner = ""
+        self._closed = False
+
+    # --------------------------------------------------------------------- options
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        paths = _paths(options)
+        if not paths:
+            raise OptionFault("to", "names no directory")
+        for path in paths:
+            if not os.path.isabs(path):
+                raise OptionFault("to", f"{path!r} is not absolute", "write it from the root, such as /mnt/archive")
+            if ".." in path.split("/"):
+                raise OptionFault("to", f"{path!r} goes upwards", "write the path without `..`")
+        if len({os.path.normpath(path) for path in paths}) != len(paths):
+            raise OptionFault("to", "names a directory twice")
+        sums = options.get("sums")
+        if sums is not None and (not sums or "/" in sums or sums in (".", "..")):
+            raise OptionFault("sums", f"{sums!r} is not a file name", "write a name such as SHA256SUMS")
+        library = _LIBRARIES.get(options.get("digest", "xxh3"))
+        if library and importlib.util.find_spec(library) is None:
+            raise OptionFault("digest", f"needs the library {library}", f"install {library}, or choose sha256")
+
+    def destination(self, options: Mapping[str, Any]) -> str:
+        return " + ".join(_static(path, ()) for path in _paths(options))
+
+    def writes(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(_static(path, ()) for path in _paths(options))
+
+    # -------------------------------------------------------------------- attempts
+
+    def prepare(self, request: Request) -> Json:
+        return None
+
+    def start(self, request: Request, prepared: Json) -> Json:
+        """Hand the attempt to a lane and return at once. Raises Refused for a request that no disk could fulfil."""
+        key = (request.run, request.attempt)
+        with self._lock:
+            if self._closed:
+                raise Unknown("the copy action is closed")
+            if key not in self._work:
+                self._submit(request, "copy")
+        return {"run": request.run, "attempt": request.attempt, "life": self._life}
+
+    def find(self, request: Request, prepared: Json) -> Json | None:
+        """Return a live attempt's handle. Lanes end with the daemon, so what is not known here surely does not run."""
+        with self._lock:
+            known = (request.run, request.attempt) in self._work
+        return {"run": request.run, "attempt": request.attempt, "life": self._life} if known else None
+
+    def poll(self, request: Request, handle: Json) -> Progress:
+        """Say how it stands; an attempt of an earlier daemon is taken up again, and goes on where it was."""
+        with self._lock:
+            work = self._work.get((request.run, request.attempt))
+            if work is None:
+                if self._closed:
+                    raise Unknown("the copy action is closed")
+                try:
+                    work = self._submit(request, "copy")
+                except Refused as refused:
+                    return Progress("failed", why=refused.fault.why, hint=refused.fault.hint, fault=refused.fault)
+        return self._progress(work)
+
+    def cancel(self, request: Request, handle: Json) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            work = self._work.get((request.run, request.attempt))
+            if work is None:
+                self._submit(request, "clean")
+            elif work.report is None:
+                self._pool().cancel(work)
+            elif work.report["status"] != "cancelled":
+                # It has ended; parts it left for a later attempt are not wanted any more.
+                del self._work[request.run, request.attempt]
+                self._submit(request, "clean")
+
+    def verify(self, request: Request, handle: Json) -> Proof | Differs | Unproven:
+        """Return what was read back before the rename; where no record is left, read both sides again."""
+        found = self._proof(request)
+        if found is not None:
+            return found
+        with self._lock:
+            if self._closed:
+                return Unproven(Fault("transient", "the copy action is closed", counts=False))
+            try:
+                work = self._submit(request, "prove")
+            except Refused as refused:
+                return Unproven(refused.fault)
+        work.ended.wait()
+        found = self._proof(request)
+        if found is not None:
+            return found
+        report = work.report or {}
+        if report.get("differs"):
+            return Differs(report["differs"], tuple(report["changed"]))
+        fault = report.get("fault")
+        return Unproven(_fault(fault) if fault else Fault("transient", "the proof was cut short", counts=False))
+
+    def forget(self, run: int) -> None:
+        """Drop the records of a run: the journal has its proof, or nobody wants it any more."""
+        with self._lock:
+            if not self._closed:
+                self._records().forget(run)
+                for key in [key for key in self._work if key[0] == run and self._work[key].report is not None]:
+                    del self._work[key]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            lanes, store = self._lanes, self._store
+            pending = [work for work in self._work.values() if work.report is None]
+        if lanes:
+            lanes.close()
+        for work in pending:
+            work.ended.set()  # nobody may wait for it any longer
+        if store:
+            store.close()
+
+    # ---------------------------------------------------------------------- inside
+
+    def _submit(self, request: Request, do: str) -> Work:
+        """Make the order and queue it; the lock is held."""
+        pool = self._pool()
+        destination = self.destination(request.options)
+        hung = pool.hangs(destination)
+        if hung:
+            raise Refused(Fault("transient", f"{destination} does not answer: {hung}",
+                                "is its server well? the copy goes on when the hung call has ended",
+                                Scope.DESTINATION, counts=False))  # fmt: skip
+        work = Work(self._order(request, do), destination)
+        if do != "prove":
+            self._work[request.run, request.attempt] = work
+        self._forget_ended()
+        pool.submit(work)
+        return work
+
+    def _order(self, request: Request, do: str) -> dict[str, Any]:
+        options = request.options
+        values = (*request.captures.values(), *request.group.values())
+        to = [(os.path.normpath(path), _static(os.path.normpath(path), values)) for path in _paths(options)]
+        _refuse_impossible(request, [path for path, _ in to])
+        settings = self._context.settings
+        return {
+            "do": do, "run": request.run, "attempt": request.attempt, "owner": self._owner,
+            "files": [(file.root.rstrip("/"), file.path, file.size, file.mtime_ns) for file in request.files],
+            "to": to, "layout": options.get("layout", "keep"), "if_exists": options.get("if_exists", "hold"),
+            "digest": options.get("digest", "xxh3"), "sums": options.get("sums"),
+            "bandwidth": options.get("bandwidth"), "state_dir": self._context.state_dir,
+            "large": settings.get("large_bytes", LARGE_BYTES), "segment": settings.get("segment_bytes", SEGMENT_BYTES),
+        }  # fmt: skip
+
+    def _pool(self) -> Lanes:
+        if self._lanes is None:
+            settings = self._context.settings
+            self._records()
+            self._lanes = Lanes(
+                state_dir=self._context.state_dir,
+                most=settings.get("lanes", LANES),
+                deadline_s=settings.get("deadline_s", DEADLINE_S),
+                pace=self._pace,
+                news=self._news,
+                env=_lane_environment(),
+            )
+        return self._lanes
+
+    def _records(self) -> Store:
+        if self._store is None:
+            os.makedirs(self._context.state_dir, exist_ok=True)
+            self._store = Store(self._context.state_dir, make=True)
+            self._owner = self._store.owner()
+        return self._store
+
+    def _pace(self) -> Pace:
+        return self._context.bandwidth(), self._context.paused()
+
+    def _news(self, work: Work) -> None:
+        self._context.nudge(work.order["run"], work.order["attempt"])
+
+    def _forget_ended(self) -> None:
+        self._started += 1
+        if self._started % THIN_EVERY == 0:
+            self._records().thin()
+        while len(self._work) > ENDED_MAX:
+            key = next((key for key, work in self._work.items() if work.report is not None), None)
+            if key is None:
+                return
+            del self._work[key]
+
+    def _progress(self, work: Work) -> Progress:
+        report = work.report
+        if report is None:
+            hung = work.status == "hung"
+            return Progress(
+                "inactive" if hung else "active",
+                why=f"the copying worker hangs: {work.doing}" if hung
+                else "waiting for a free lane" if work.status == "queued" else "",
+                hint="is the destination, or the watched share, still answering?" if hung else "",
+                files_done=work.files_done,
+                bytes_done=work.bytes_done,
+            )
+        fault = _fault(report["fault"]) if report.get("fault") else None
+        return Progress(
+            report["status"],
+            why=fault.why if fault else "",
+            hint=fault.hint if fault else "",
+            fault=fault,
+            files_done=work.files_done,
+            bytes_done=work.bytes_done,
+            output=report["output"],
+            changed=tuple(report["changed"]),
+        )
+
+    def _proof(self, request: Request) -> Proof | None:
+        """Return the proof if there is a record for every file at every destination, but for changed files."""
+        with self._lock:
+            if self._closed:
+                return None
+            store = self._records()
+        changed = store.changed(request.run)
+        rows = store.proofs(request.run)
+        places = range(len(_paths(request.options)))
+        members = []
+        for index in range(len(request.files)):
+            if index in changed:
+                continue
+            for place in places:
+                row = rows.get((index, place))
+                if row is None:
+                    return None
+                members.append(row[4])
+        return Proof(tuple(members), tuple(path for path, _ in changed.values()))
+
+
+def _fault(told: Mapping[str, Any]) -> Fault:
+    return Fault(told["kind"], told["why"], told["hint"], Scope(told["scope"]), counts=told["counts"])
+
+
+def _paths(options: Mapping[str, Any]) -> list[str]:
+    to = options["to"]
+    return [to] if isinstance(to, str) else list(to)
+
+
+def _static(path: str, values: tuple[str, ...]) -> str:
+    """Return the part of a `to` that must exist: up to the first component that a template made.
+
+    A rendered request no longer says where its templates were, so a component
+    that holds one of the captured values, or a date, counts as one. A mistake
+    only makes the part shorter; the mount it lies on is checked as well.
+    """
+    kept = []
+    for component in path.split("/"):
+        if "{" in component or _DATE.search(component) or any(value and value in component for value in values):
+            break
+        kept.append(component)
+    return "/".join(kept) or "/"
+
+
+def _refuse_impossible(request: Request, to: list[str]) -> None:
+    """Raise Refused for two members with one target, and for targets in a watched directory."""
+    flat = request.options.get("layout", "keep") == "flat"
+    sums = request.options.get("sums")
+    seen: dict[str, str] = {}
+    roots = {file.root.rstrip("/") + "/" for file in request.files}
+    for file in request.files:
+        place = file.path.rpartition("/")[2] if flat else file.path
+        if place in seen:
+            raise Refused(Fault(
+                "permanent", f"{seen[place]} and {file.root}/{file.path} would both become {to[0]}/{place}",
+                "use `layout: keep`, or a `to` that tells them apart, such as {session}",
+            ))  # fmt: skip
+        seen[place] = f"{file.root}/{file.path}"
+        if sums and place.rpartition("/")[2] == sums:
+            raise Refused(Fault("permanent", f"{seen[place]} has the name of the digest list ({sums})",
+                                "choose another name for `sums`"))
+        for path in to:
+            if any(f"{path}/{place}".startswith(root) for root in roots):
+                raise Refused(Fault("permanent", f"{path}/{place} lies in the watched directory",
+                                    "choose a `to` outside of it: the daemon never writes where it watches"))
+
+
+def _lane_environment() -> dict[str, str]:
+    """Return the environment of a lane: it must find this very package, and little else."""
+    package = str(Path(__file__).resolve().parents[2])
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "TRIGGER_FAIL") if name in os.environ}
+    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**kept, "LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(paths)}

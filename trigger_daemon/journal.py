@@ -1,0 +1,938 @@
+"""The journal: what was decided, durable before anything is done about it.
+
+One SQLite file on a local disk, written by one daemon, one commit for each
+round of its loop. A commit that returned survives a power cut; one that failed
+left nothing. Nobody else writes here, and no reader, not even a stopped one,
+delays a commit.
+"""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+import sqlite3
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from trigger_daemon import __version__
+from trigger_daemon.core.model import (
+    AlarmAcked,
+    AlarmCleared,
+    AlarmRaised,
+    AttemptChanged,
+    AttemptMade,
+    BaselineSet,
+    BatchClosed,
+    Claimed,
+    Effect,
+    Forgotten,
+    GroupForgotten,
+    GroupSet,
+    Kept,
+    Member,
+    Ordered,
+    ProofKept,
+    RulesAccepted,
+    RunMoved,
+    RunState,
+)
+from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark
+from trigger_daemon.database import (
+    DIRECTORY_MODE,
+    FILE_MODE,
+    JOURNAL,
+    DaemonLock,
+    damaged,
+    fault_of,
+    from_json,
+    from_name,
+    from_number,
+    from_text,
+    quoted,
+    to_json,
+    to_name,
+    to_number,
+    to_text,
+)
+from trigger_daemon.errors import JournalConflict, JournalError, JournalFull, JournalIo
+from trigger_daemon.failpoints import fail_point
+from trigger_daemon.mounts import mount_of, remote
+from trigger_daemon.reader import Reader, faults_of, members_of
+
+__all__ = [
+    "ClaimReader", "Claims", "Journal", "JournalConflict", "JournalError", "JournalFull", "JournalIo", "Reader",
+    "RootIdentity", "migrate",
+]  # fmt: skip
+
+APPLICATION_ID = 0x54524744  # "TRGD": tells our file from any other SQLite file
+SCHEMA = 1  # PRAGMA user_version of journal.sql
+
+# Step i takes a journal of schema i + 1 to i + 2, all steps in one transaction.
+MIGRATIONS: tuple[str, ...] = ()
+
+WRITE_BUSY_S = 5.0  # only a person with sqlite3 can hold the write lock; he gets this long
+CHECKPOINT_PAGES = 4_000  # 16 MiB of -wal: a checkpoint costs two syncs, so not after each few commits
+WAL_KEPT_BYTES = 64 * 2**20  # what a -wal that a stopped reader made grow is cut back to
+CACHE_KIB = 8_192
+DIRS_CACHED_MAX = 20_000  # directories in use at once; some 200 bytes each
+NAMES_AT_ONCE = 100  # in one statement, always as many, so that it is prepared once
+DIRECTORIES_PAGE = 1_000  # directories read in one transaction, so that no snapshot lasts
+RULE_SETS_KEPT = 50  # by thinning; the newest is in force, the others are for people
+
+T = TypeVar("T")
+
+# What claims one directory has: name -> [(rule, size, mtime_ns, batch)]
+Claims = dict[str, list[tuple[int, int, int, int]]]
+
+
+_MEMBER = operator.attrgetter("root", "dir", "name", "size", "mtime_ns", "role", "flag")
+
+
+class RootIdentity(NamedTuple):
+    """What was known of a root's file system when it was last accepted."""
+
+    device: int
+    inode: int
+    fstype: str
+    source: str
+
+
+class Journal:
+    """The daemon's own end of the journal. Any thread may call it; `append` waits for the disk."""
+
+    def __init__(self, state_dir: Path, lock: DaemonLock) -> None:
+        """Use `Journal.open`."""
+        self.state_dir = state_dir
+        self.path = state_dir / JOURNAL
+        self._daemon_lock = lock
+        self._writing = threading.Lock()
+        self._reading = threading.Lock()  # readers of manifests do not wait for a commit
+        self._dirs: OrderedDict[tuple[int, str], int] = OrderedDict()
+        self._broken = False
+        self._connect()
+
+    @classmethod
+    def open(cls, state_dir: Path) -> Journal:
+        """Lock the directory, make or migrate the journal, and open it.
+
+        Raises JournalError: another daemon holds it, it lies on a network or
+        FUSE file system, it is damaged, or a newer version wrote it.
+        """
+        state_dir = Path(os.path.realpath(state_dir))
+        _refuse_remote(state_dir)
+        try:
+            if not state_dir.is_dir():
+                state_dir.mkdir(parents=True)
+                state_dir.chmod(DIRECTORY_MODE)
+        except OSError as error:
+            raise JournalError(
+                f"cannot make {state_dir}: {error.strerror}",
+                hint="make it, owned by the daemon's user and group trigger-daemon, mode 2770",
+            ) from error
+        lock = DaemonLock(state_dir)
+        try:
+            _create(state_dir)
+            return cls(state_dir, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    def close(self) -> None:
+        """Close the file and give the directory up; idempotent."""
+        with self._reading, self._writing:
+            self._disconnect()
+        self._daemon_lock.release()
+
+    def reopen(self) -> None:
+        """Open the file anew after an I/O error; only `load` tells whether the failed transaction is in it.
+
+        The error may have come after the commit was written and before it was
+        surely on the disk. Raises JournalError while the disk is still bad.
+        """
+        with self._reading, self._writing:
+            self._disconnect()
+            self._connect()
+
+    # ----------------------------------------------------------------- writing
+
+    def append(self, records: Sequence[Effect]) -> None:
+        """Write records in one transaction, on the disk when this returns; nothing of a failed one stays.
+
+        Raises JournalFull (try the same rows again when there is room),
+        JournalError with `io` (then `reopen`, `load`), JournalConflict (a
+        version claimed twice, a transition from a state the run is not in).
+        """
+        if not records:
+            return
+        with self._writing:
+            self._transact(lambda writer: writer.write(records))
+
+    def rule_ids(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the number each rule name has for ever, giving new ones out."""
+        wanted = list(names)
+        with self._writing:
+            return self._transact(lambda writer: writer.rule_ids(wanted))
+
+    def root_id(self, path: str) -> int:
+        """Return the number a watched directory has for ever."""
+        with self._writing:
+            return self._transact(lambda writer: writer.root_id(to_name(path)))
+
+    def set_root_identity(self, root: int, identity: RootIdentity) -> None:
+        """Keep what an accepted root's file system looked like."""
+        row = (to_number(identity.device), to_number(identity.inode), identity.fstype, to_text(identity.source), root)
+        change = "UPDATE root SET device = ?, inode = ?, fstype = ?, source = ? WHERE id = ?"
+        with self._writing:
+            self._transact(lambda writer: writer.one(change, *row))
+
+    def thin(self, before_utc: float, limit: int) -> int:
+        """Take manifest, request, attempts, transitions and proof from at most `limit` runs final before then.
+
+        Their numbers and claims stay. Old cleared alarms, orders and rule sets
+        go as well. Returns how many runs were thinned: call again while it is
+        `limit`.
+        """
+        with self._writing:
+            return self._transact(lambda writer: writer.thin(before_utc, limit))
+
+    # ----------------------------------------------------------------- reading
+
+    def load(self) -> Saved:
+        """Return what the engine restores, in one snapshot; done work and manifests are not read."""
+        with self._reading:
+            try:
+                self._read.execute("BEGIN")
+                try:
+                    return _load(self._read)
+                finally:
+                    self._read.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                raise fault_of(error, self.path) from error
+
+    def manifest(self, batch: int) -> tuple[Member, ...]:
+        """Return a batch's members; raise JournalError if it is unknown or was thinned."""
+        return members_of(self._column("SELECT manifest FROM batch WHERE id = ?", batch, "manifest"))
+
+    def request(self, batch: int) -> Mapping[str, object]:
+        """Return the request a batch was closed with; raise JournalError if it is unknown or was thinned."""
+        request: Mapping[str, object] = from_json(
+            self._column("SELECT request FROM batch WHERE id = ?", batch, "request")
+        )
+        return request
+
+    def attempt(self, run: int) -> SavedAttempt | None:
+        """Return a run's last attempt, None before the first."""
+        rows = self._rows(
+            "SELECT attempt, prepared, handle, made_time, ended_time, outcome FROM attempt WHERE run = ?"
+            " ORDER BY attempt DESC LIMIT 1",
+            (run,),
+        )
+        return _attempt(rows[0]) if rows else None
+
+    def root_identity(self, root: int) -> RootIdentity | None:
+        """Return what an accepted root's file system looked like, None before it was first accepted."""
+        rows = self._rows("SELECT device, inode, fstype, source FROM root WHERE id = ?", (root,))
+        if not rows or rows[0][0] is None:
+            return None
+        device, inode, fstype, source = rows[0]
+        return RootIdentity(from_number(device), from_number(inode), fstype, from_text(source))
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the journal, in words; reads all of it."""
+        with self._reading:
+            try:
+                return faults_of(self._read)
+            except sqlite3.Error as error:
+                raise fault_of(error, self.path) from error
+
+    def wal_bytes(self) -> int:
+        """Return the size of the -wal; it grows without end only while a reader stands still in a snapshot."""
+        try:
+            return self.path.with_name(f"{JOURNAL}-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    # ------------------------------------------------------------------ inside
+
+    def _connect(self) -> None:
+        self._write, version = _open_for_writing(self.path)
+        try:
+            if version < SCHEMA:
+                migrate(self._write, MIGRATIONS)
+            last = self._write.execute("SELECT version FROM program ORDER BY id DESC LIMIT 1").fetchone()
+            if last != (__version__,):
+                self._write.execute("INSERT INTO program (version, time) VALUES (?, ?)", (__version__, time.time()))
+            self._read = _open_for_reading(self.path)
+        except sqlite3.Error as error:
+            self._write.close()
+            raise fault_of(error, self.path) from error
+        self._broken = False
+
+    def _disconnect(self) -> None:
+        self._dirs.clear()
+        self._broken = True
+        for connection in (self._read, self._write):
+            try:
+                connection.close()
+            except sqlite3.Error:
+                pass  # a bad disk; what was committed is in the -wal, and the next opening finds it
+
+    def _transact(self, work: Callable[[_Writer], T]) -> T:
+        """Run `work` on a writer in one transaction; the caller holds the lock."""
+        if self._broken:
+            raise JournalIo(f"{self.path} has failed and was not reopened")
+        committed = False
+        try:
+            self._write.execute("BEGIN IMMEDIATE")
+            writer = _Writer(self._write, self._dirs)
+            answer = work(writer)
+            writer.flush()
+            fail_point("journal.commit")
+            self._write.execute("COMMIT")
+            committed = True
+            fail_point("journal.committed")
+            return answer
+        except sqlite3.Error as error:
+            raise self._failed(fault_of(error, self.path)) from error
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise self._failed((JournalFull if full else JournalIo)(f"{self.path}: {error.strerror}")) from error
+        finally:
+            if not committed:
+                self._roll_back()
+
+    def _failed(self, fault: JournalError) -> JournalError:
+        self._broken = fault.io
+        return fault
+
+    def _roll_back(self) -> None:
+        self._dirs.clear()  # some were numbered in the transaction that is no more
+        try:
+            if self._write.in_transaction:
+                self._write.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._broken = True
+
+    def _rows(self, question: str, values: Sequence[int]) -> list[tuple[Any, ...]]:
+        with self._reading:
+            try:
+                return self._read.execute(question, values).fetchall()
+            except sqlite3.Error as error:
+                raise fault_of(error, self.path) from error
+
+    def _column(self, question: str, batch: int, what: str) -> str:
+        rows = self._rows(question, (batch,))
+        if not rows:
+            raise JournalError(f"the journal has no batch {batch}")
+        if rows[0][0] is None:
+            raise JournalError(f"the {what} of batch {batch} was thinned", hint="`keep_done` says how long it is kept")
+        return str(rows[0][0])
+
+
+class ClaimReader:
+    """What was claimed, directory by directory, for a scanner's worker. Read-only; one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the journal file (`Journal.path`) of a running daemon; raise JournalError if that fails."""
+        self._path = path
+        try:
+            self._read = _open_for_reading(path)
+        except sqlite3.Error as error:
+            raise fault_of(error, path) from error
+
+    def directory(self, root: int, dir: str) -> tuple[int, Claims]:
+        """Return the newest batch whose claims were seen, and the claims of every name of the directory."""
+        return self._claims(root, dir, None)
+
+    def names(self, root: int, dir: str, names: Sequence[str]) -> tuple[int, Claims]:
+        """Return the same for some names only; those without a claim do not appear."""
+        return self._claims(root, dir, names)
+
+    def directories(self, root: int) -> Iterator[str]:
+        """Yield the directories of a root that hold claims, in byte order; no snapshot is kept between pages."""
+        last: bytes | None = None
+        while True:
+            page = self._page(root, last)
+            yield from (from_name(path) for (path,) in page)
+            if len(page) < DIRECTORIES_PAGE:
+                return
+            last = page[-1][0]
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._read.close()
+
+    def _claims(self, root: int, dir: str, names: Sequence[str] | None) -> tuple[int, Claims]:
+        read = self._read
+        try:
+            read.execute("BEGIN")
+            try:
+                (as_of,) = read.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()
+                found = read.execute("SELECT id FROM dir WHERE root = ? AND path = ?", (root, to_name(dir))).fetchone()
+                rows = _claim_rows(read, found[0], names) if found else []
+            finally:
+                read.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            raise fault_of(error, self._path) from error
+        claims: Claims = {}
+        for name, rule, size, mtime_ns, batch in rows:
+            claims.setdefault(from_name(name), []).append((rule, size, from_number(mtime_ns), batch))
+        return as_of, claims
+
+    def _page(self, root: int, last: bytes | None) -> list[tuple[bytes]]:
+        try:
+            return self._read.execute(
+                "SELECT path FROM dir WHERE root = ? AND (?2 IS NULL OR path > ?2) ORDER BY path LIMIT ?3",
+                (root, last, DIRECTORIES_PAGE),
+            ).fetchall()
+        except sqlite3.Error as error:
+            raise fault_of(error, self._path) from error
+
+
+def _claim_rows(read: sqlite3.Connection, dir_id: int, names: Sequence[str] | None) -> list[tuple[Any, ...]]:
+    question = "SELECT name, rule, size, mtime_ns, batch FROM claim WHERE dir = ?"
+    if names is None:
+        return read.execute(question, (dir_id,)).fetchall()
+    rows: list[tuple[Any, ...]] = []
+    wanted = [to_name(name) for name in names]
+    many = f"{question} AND name IN ({','.join('?' * NAMES_AT_ONCE)})"
+    while len(wanted) > NAMES_AT_ONCE // 10:  # one statement for many is twice as fast a name, asked by the hundred
+        chunk, wanted = wanted[:NAMES_AT_ONCE], wanted[NAMES_AT_ONCE:]
+        chunk += chunk[-1:] * (NAMES_AT_ONCE - len(chunk))
+        rows += read.execute(many, (dir_id, *chunk)).fetchall()
+    for name in wanted:
+        rows += read.execute(f"{question} AND name = ?", (dir_id, name)).fetchall()
+    return rows
+
+
+# ------------------------------------------------------------------------- opening
+
+
+def _refuse_remote(state_dir: Path) -> None:
+    mount = mount_of(state_dir)
+    if mount and remote(mount.fstype):
+        raise JournalError(
+            f"{state_dir} lies on {mount.fstype} ({mount.source}): a journal there could be lost or read torn",
+            hint="set state_dir to a directory on a local disk (ext4, xfs, btrfs)",
+        )
+
+
+def _create(state_dir: Path) -> None:
+    """Make an empty journal if there is none. It appears whole or not at all, so a short file is always damage."""
+    path = state_dir / JOURNAL
+    if path.exists():
+        return
+    wal = path.with_name(f"{JOURNAL}-wal")
+    if wal.exists() and wal.stat().st_size:
+        raise damaged(path, f"{wal.name} is there without it")
+    new = path.with_name(f"{JOURNAL}.new")
+    try:
+        for old in (new, new.with_name(f"{new.name}-journal"), new.with_name(f"{new.name}-wal")):
+            old.unlink(missing_ok=True)
+        os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, FILE_MODE))
+        new.chmod(FILE_MODE)
+        schema = resources.files("trigger_daemon").joinpath("journal.sql").read_text(encoding="utf-8")
+        connection = sqlite3.connect(new, isolation_level=None)
+        try:
+            connection.executescript(f"BEGIN; {schema}; COMMIT;")
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA}")
+            connection.execute("PRAGMA journal_mode = WAL")
+        finally:
+            connection.close()
+        new.rename(path)
+        _sync_directory(state_dir)
+    except sqlite3.Error as error:
+        raise fault_of(error, new) from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (JournalFull if full else JournalError)(f"cannot make {path}: {error.strerror}") from error
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _open_for_writing(path: Path) -> tuple[sqlite3.Connection, int]:
+    """Return a connection and the journal's schema; raise JournalError for a file that is not ours or not whole."""
+    try:
+        if path.stat().st_size == 0:
+            raise damaged(path, "it is empty")
+        connection = sqlite3.connect(
+            f"{path.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=WRITE_BUSY_S, check_same_thread=False
+        )
+    except sqlite3.Error as error:
+        raise fault_of(error, path) from error
+    except OSError as error:
+        raise JournalIo(f"cannot open {path}: {error.strerror}", hint="look at the disk and its mount") from error
+    try:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        _recognise(connection, path, version)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # NORMAL loses commits at a power cut, after the world was told
+        connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")  # passive: waits for no reader
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        connection.execute("PRAGMA temp_store = MEMORY")
+    except sqlite3.Error as error:
+        connection.close()
+        raise fault_of(error, path) from error
+    except JournalError:
+        connection.close()
+        raise
+    return connection, int(version)
+
+
+def _recognise(connection: sqlite3.Connection, path: Path, version: int) -> None:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    if application != APPLICATION_ID:
+        raise damaged(path, "it is an SQLite file, but not a journal of this program")
+    if version > SCHEMA:
+        try:
+            written = connection.execute("SELECT version FROM program ORDER BY id DESC LIMIT 1").fetchone()
+        except sqlite3.Error:
+            written = None
+        needed = f"version {written[0]} or newer" if written else "the newer version"
+        raise JournalError(
+            f"{path} has schema {version}; this version ({__version__}) knows schemas up to {SCHEMA}",
+            hint=f"install trigger-daemon {needed}, which wrote it",
+        )
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    missing = {"batch", "claim", "dir", "program", "rule", "root", "run"} - tables
+    if missing:
+        raise damaged(path, f"it lacks the tables {', '.join(sorted(missing))}")
+
+
+def _open_for_reading(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=WRITE_BUSY_S, check_same_thread=False
+    )
+
+
+def migrate(connection: sqlite3.Connection, steps: Sequence[str]) -> None:
+    """Take a journal from its schema to the newest, all in one transaction; a failure leaves it as it was."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for step in steps[version - 1 :]:
+            for statement in _statements(step):
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {len(steps) + 1}")
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Split a script: `executescript` would commit before it begins."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+    if statement.strip():
+        yield statement
+
+
+# ------------------------------------------------------------------------- writing
+
+
+class _Writer:
+    """Turns the records of one transaction into rows.
+
+    Closed batches are gathered and written by `executemany`; any other record
+    first flushes them, so the order of the records is kept.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, dirs: OrderedDict[tuple[int, str], int]) -> None:
+        self._sql = connection
+        self._dirs = dirs
+        self._batches: list[tuple[object, ...]] = []
+        self._runs: list[tuple[object, ...]] = []
+        self._claims: list[tuple[int, bytes, int, int, int | bytes, int]] = []
+        self._tally: dict[tuple[int, str], list[int]] = {}
+
+    def write(self, records: Sequence[Effect]) -> None:
+        for record in records:
+            if isinstance(record, BatchClosed):
+                self._batch_closed(record)
+            else:
+                self._flush_batches()
+                self._other(record)
+
+    def many(self, change: str, rows: Iterable[tuple[object, ...]]) -> int:
+        return self._sql.executemany(change, rows).rowcount
+
+    def one(self, change: str, *values: object) -> int:
+        return self._sql.execute(change, values).rowcount
+
+    def flush(self) -> None:
+        """Write what was gathered; the last thing before the commit."""
+        self._flush_batches()
+        if self._tally:
+            rows = [(rule, state, *counts) for (rule, state), counts in self._tally.items() if any(counts)]
+            self.many(
+                "INSERT INTO tally (rule, state, runs, files, bytes) VALUES (?, ?, ?, ?, ?) ON CONFLICT (rule, state)"
+                " DO UPDATE SET runs = runs + excluded.runs, files = files + excluded.files,"
+                " bytes = bytes + excluded.bytes",
+                rows,
+            )
+            self._tally.clear()
+
+    def rule_ids(self, names: Sequence[str]) -> dict[str, int]:
+        self.many("INSERT OR IGNORE INTO rule (name) VALUES (?)", [(name,) for name in names])
+        known: dict[str, int] = dict(self._sql.execute("SELECT name, id FROM rule"))
+        return {name: known[name] for name in names}
+
+    def root_id(self, path: bytes) -> int:
+        self.one("INSERT OR IGNORE INTO root (path) VALUES (?)", path)
+        return int(self._sql.execute("SELECT id FROM root WHERE path = ?", (path,)).fetchone()[0])
+
+    def thin(self, before_utc: float, limit: int) -> int:
+        runs = self._sql.execute(
+            "SELECT batch.id FROM batch JOIN run ON run.id = batch.id WHERE batch.manifest IS NOT NULL"
+            " AND batch.closed_time < ?1 AND run.final = 1 AND run.changed_time < ?1"
+            " ORDER BY batch.closed_time LIMIT ?2",
+            (before_utc, limit),
+        ).fetchall()
+        self.many("UPDATE batch SET manifest = NULL, request = NULL WHERE id = ?", runs)
+        for table in ("attempt", "transition", "proof"):
+            self.many(f"DELETE FROM {table} WHERE run = ?", runs)
+        self.one("DELETE FROM alarm WHERE cleared_time < ?", before_utc)
+        self.one("DELETE FROM ordered WHERE time < ?", before_utc)
+        self.one(
+            "DELETE FROM rule_set WHERE time < ? AND id <= (SELECT max(id) FROM rule_set) - ?",
+            before_utc,
+            RULE_SETS_KEPT,
+        )
+        return len(runs)
+
+    # ---------------------------------------------------------------- batches
+
+    def _batch_closed(self, record: BatchClosed) -> None:
+        if record.again:
+            self._flush_batches()
+        batch, rule, now = record.batch, record.rule, record.time
+        manifest: list[str] = []
+        claims = self._claims
+        last_root, last_dir, dir_id, head = -1, "", 0, ""
+        # The hot path: one loop, no call per file that is not C. A line is what to_json would write.
+        for root, directory, name, size, mtime_ns, role, flag in map(_MEMBER, record.members):
+            if directory != last_dir or root != last_root:
+                last_root, last_dir, dir_id, head = root, directory, 0, f"[{root},{quoted(directory)},"
+            tail = f"{quoted(role)},{quoted(flag)}]" if role or flag else '"",""]'
+            manifest.append(f"{head}{quoted(name)},{size},{mtime_ns},{tail}")
+            # A shared companion rides along with many batches; whoever needs it claims himself, not it.
+            if role == "shared":
+                continue
+            dir_id = dir_id or self._dir(root, directory)
+            version = mtime_ns if -(2**63) <= mtime_ns < 2**63 else to_number(mtime_ns)
+            claims.append((dir_id, name.encode("utf-8", "surrogateescape"), rule, size, version, batch))
+        if record.again:
+            self._insert_claims("INSERT OR REPLACE")
+        captures, reason, request = to_json(record.group), to_text(record.reason), to_json(record.request)
+        count, total = len(manifest), record.bytes
+        self._batches.append((batch, rule, captures, reason, now, count, total, request, f"[{','.join(manifest)}]"))
+        waits_on = to_json(record.waits_on) if record.waits_on else None
+        self._runs.append((batch, reason, now, now, to_text(record.destination), waits_on))
+        self._count(rule, RunState.PENDING, 1, count, total)
+
+    def _flush_batches(self) -> None:
+        if self._batches:
+            self.many(
+                "INSERT INTO batch (id, rule, captures, reason, closed_time, files, bytes, request, manifest)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                self._batches,
+            )
+            self.many(
+                "INSERT INTO run (id, state, final, because, created_time, changed_time, destination, waits_on)"
+                " VALUES (?, 'PENDING', 0, ?, ?, ?, ?, ?)",
+                self._runs,
+            )
+            self._batches.clear()
+            self._runs.clear()
+        if self._claims:
+            try:
+                self._insert_claims("INSERT")
+            except sqlite3.IntegrityError as error:
+                raise self._claimed_twice() from error
+
+    def _insert_claims(self, insert: str) -> None:
+        self.many(
+            f"{insert} INTO claim (dir, name, rule, size, mtime_ns, batch) VALUES (?, ?, ?, ?, ?, ?)", self._claims
+        )
+        self._claims.clear()
+
+    def _claimed_twice(self) -> JournalConflict:
+        """Find the version that stopped the insert: the backstop of "exactly one batch"."""
+        for dir_id, name, rule, size, mtime_ns, batch in self._claims:
+            found = self._sql.execute(
+                "SELECT claim.batch, rule.name, dir.path FROM claim JOIN dir ON dir.id = claim.dir"
+                " LEFT JOIN rule ON rule.id = claim.rule"
+                " WHERE dir = ? AND claim.name = ? AND rule = ? AND size = ? AND mtime_ns = ?",
+                (dir_id, name, rule, size, mtime_ns),
+            ).fetchone()
+            if found and found[0] != batch:
+                path = f"{from_name(found[2])}/{from_name(name)}".lstrip("/")
+                return JournalConflict(
+                    f"batch {batch} of rule {found[1] or rule} would take {path!r} again,"
+                    f" which batch {found[0]} has claimed",
+                    hint="nothing was written; this is a bug, please report it",
+                )
+        return JournalConflict("one batch names the same file version twice", hint="this is a bug; please report it")
+
+    def _dir(self, root: int, path: str) -> int:
+        key = (root, path)
+        dir_id = self._dirs.get(key)
+        if dir_id is not None:
+            self._dirs.move_to_end(key)
+            return dir_id
+        name = to_name(path)
+        found = self._sql.execute("SELECT id FROM dir WHERE root = ? AND path = ?", (root, name)).fetchone()
+        if found:
+            dir_id = int(found[0])
+        else:
+            dir_id = int(self._sql.execute("INSERT INTO dir (root, path) VALUES (?, ?)", (root, name)).lastrowid or 0)
+        self._dirs[key] = dir_id
+        if len(self._dirs) > DIRS_CACHED_MAX:
+            self._dirs.popitem(last=False)
+        return dir_id
+
+    def _count(self, rule: int, state: str, runs: int, files: int, size: int) -> None:
+        counts = self._tally.setdefault((rule, str(state)), [0, 0, 0])
+        counts[0] += runs
+        counts[1] += files
+        counts[2] += size
+
+    # ----------------------------------------------------------- other records
+
+    def _other(self, record: Effect) -> None:
+        match record:
+            case RunMoved():
+                self._run_moved(record)
+            case AttemptMade(run, attempt, prepared, at):
+                self.one(
+                    "INSERT INTO attempt (run, attempt, prepared, made_time) VALUES (?, ?, ?, ?)",
+                    run, attempt, _json_or_null(prepared), at,
+                )  # fmt: skip
+            case AttemptChanged():
+                self._attempt_changed(record)
+            case ProofKept(run, attempt, members, at):
+                self.one(
+                    "INSERT OR REPLACE INTO proof (run, attempt, time, members) VALUES (?, ?, ?, ?)",
+                    run, attempt, at, to_json(list(members)),
+                )  # fmt: skip
+            case Claimed():
+                dir_id = self._dir(record.root, record.dir)
+                self.many(
+                    "INSERT OR IGNORE INTO claim (dir, name, rule, size, mtime_ns, batch, time)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        (dir_id, to_name(name), record.rule, size, to_number(mtime_ns), record.code, int(record.time))
+                        for name, size, mtime_ns in record.rows
+                    ),
+                )
+            case Forgotten():
+                self._forgotten(record)
+            case BaselineSet(rule, root, at):
+                self.one("INSERT OR REPLACE INTO baseline (rule, root, time) VALUES (?, ?, ?)", rule, root, at)
+            case GroupSet(rule, group, kind, batch, at):
+                self.one(
+                    "INSERT OR REPLACE INTO group_mark (rule, captures, kind, batch, time) VALUES (?, ?, ?, ?, ?)",
+                    rule, to_text(group), kind, batch, at,
+                )  # fmt: skip
+            case GroupForgotten(rule, group, kind):
+                self.one(
+                    "DELETE FROM group_mark WHERE rule = ? AND captures = ? AND kind = ?", rule, to_text(group), kind
+                )
+            case AlarmRaised(key, what, hint, at):
+                self.one(
+                    "INSERT INTO alarm (key, what, hint, since_time) VALUES (?, ?, ?, ?)"
+                    " ON CONFLICT (key) WHERE cleared_time IS NULL DO UPDATE SET what = excluded.what,"
+                    " hint = excluded.hint",
+                    to_text(key), to_text(what), to_text(hint), at,
+                )  # fmt: skip
+            case AlarmCleared(key, at):
+                self.one("UPDATE alarm SET cleared_time = ? WHERE key = ? AND cleared_time IS NULL", at, to_text(key))
+            case AlarmAcked(key, who, at):
+                self.one(
+                    "UPDATE alarm SET acked_time = ?, acked_by = ? WHERE key = ? AND cleared_time IS NULL",
+                    at, to_text(who), to_text(key),
+                )  # fmt: skip
+            case Kept(key, None):
+                self.one("DELETE FROM kept WHERE key = ?", to_text(key))
+            case Kept(key, value):
+                self.one("INSERT OR REPLACE INTO kept (key, value) VALUES (?, ?)", to_text(key), to_json(value))
+            case RulesAccepted(source, at):
+                self.one("INSERT INTO rule_set (time, source) VALUES (?, ?)", at, to_json(source))
+            case Ordered():
+                self.one(
+                    "INSERT INTO ordered (order_id, verb, args, who, why, answer, time) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    record.id, to_text(record.verb), to_json(record.args), to_text(record.who), to_text(record.why),
+                    to_json(record.answer), record.time,
+                )  # fmt: skip
+            case _:
+                raise TypeError(f"{type(record).__name__} is not a record of the journal")
+
+    def _run_moved(self, record: RunMoved) -> None:
+        before, after = str(record.from_state), str(record.to_state)
+        because = to_text(record.because)
+        moved = self.one(
+            "UPDATE run SET state = ?, final = ?, because = ?, changed_time = ?, error = coalesce(?, error),"
+            " hint = coalesce(?, hint), attempts = coalesce(?, attempts), output = coalesce(?, output),"
+            " retry_time = coalesce(?, retry_time) WHERE id = ? AND state = ?",
+            after, int(record.final), because, record.time, _text_or_null(record.error), _text_or_null(record.hint),
+            record.attempts, _json_or_null(record.output), record.retry_time, record.run, before,
+        )  # fmt: skip
+        if moved != 1:
+            found = self._sql.execute("SELECT state FROM run WHERE id = ?", (record.run,)).fetchone()
+            stands = f"is {found[0]}" if found else "does not exist"
+            raise JournalConflict(
+                f"run {record.run} cannot go from {before} to {after}: it {stands}",
+                hint="nothing was written; this is a bug, please report it",
+            )
+        self.one(
+            "INSERT INTO transition (run, from_state, to_state, because, time) VALUES (?, ?, ?, ?, ?)",
+            record.run, before, after, because, record.time,
+        )  # fmt: skip
+        if before != after:
+            rule, files, size = self._sql.execute(
+                "SELECT rule, files, bytes FROM batch WHERE id = ?", (record.run,)
+            ).fetchone()
+            self._count(rule, before, -1, -files, -size)
+            self._count(rule, after, 1, files, size)
+
+    def _attempt_changed(self, record: AttemptChanged) -> None:
+        changed = self.one(
+            "UPDATE attempt SET handle = coalesce(?, handle), ended_time = coalesce(?, ended_time),"
+            " outcome = coalesce(?, outcome) WHERE run = ? AND attempt = ?",
+            _json_or_null(record.handle), record.ended_time, _text_or_null(record.outcome), record.run, record.attempt,
+        )  # fmt: skip
+        if changed != 1:
+            raise JournalConflict(
+                f"attempt {record.attempt} of run {record.run} was never journaled",
+                hint="nothing was written; this is a bug, please report it",
+            )
+
+    def _forgotten(self, record: Forgotten) -> None:
+        found = self._sql.execute(
+            "SELECT id FROM dir WHERE root = ? AND path = ?", (record.root, to_name(record.dir))
+        ).fetchone()
+        if found is None:
+            return
+        (dir_id,) = found
+        delete = (
+            "DELETE FROM claim WHERE dir = ? AND (batch <= 0 AND time < ? OR EXISTS"
+            " (SELECT 1 FROM run WHERE run.id = claim.batch AND run.final = 1 AND run.changed_time < ?))"
+        )
+        if record.names is None:
+            self.one(delete, dir_id, record.before, record.before)
+        else:
+            rows = ((dir_id, record.before, record.before, to_name(name)) for name in record.names)
+            self.many(f"{delete} AND name = ?", rows)
+        if not self._sql.execute("SELECT 1 FROM claim WHERE dir = ? LIMIT 1", (dir_id,)).fetchone():
+            self.one("DELETE FROM dir WHERE id = ?", dir_id)
+            self._dirs.pop((record.root, record.dir), None)
+
+
+def _json_or_null(value: object) -> str | None:
+    return None if value is None else to_json(value)
+
+
+def _text_or_null(value: str | None) -> str | bytes | None:
+    return None if value is None else to_text(value)
+
+
+# ------------------------------------------------------------------------- loading
+
+
+def _attempt(row: Sequence[Any]) -> SavedAttempt:
+    attempt, prepared, handle, made, ended, outcome = row
+    words = None if outcome is None else from_text(outcome)
+    return SavedAttempt(attempt, from_json(prepared), from_json(handle), made, ended, words)
+
+
+def _load(read: sqlite3.Connection) -> Saved:
+    last = {  # the rows of a run come in the order of its attempts, so the last one stays
+        row[0]: row[1:]
+        for row in read.execute(
+            "SELECT attempt.run, attempt.attempt, prepared, handle, made_time, ended_time, outcome"
+            " FROM run INDEXED BY run_open JOIN attempt ON attempt.run = run.id WHERE run.final = 0"
+            " ORDER BY attempt.run, attempt.attempt"
+        )
+    }
+    known: dict[str, Any] = {}  # groups and requests repeat
+
+    def mapping(text: str) -> Any:
+        value = known.get(text)
+        if value is None:
+            value = known[text] = from_json(text)
+        return value
+
+    runs = []
+    for row in read.execute(
+        "SELECT run.id, rule, captures, state, because, created_time, changed_time, attempts, destination, waits_on,"
+        " retry_time, error, hint, files, bytes, request, output"
+        " FROM run INDEXED BY run_open JOIN batch ON batch.id = run.id WHERE run.final = 0"
+    ):
+        run, rule, captures, state, because, created, changed, tries, destination, waits_on = row[:10]
+        retry_time, error, hint, files, size, request, output = row[10:]
+        runs.append(
+            OpenRun(
+                id=run,
+                rule=rule,
+                group=mapping(captures),
+                state=RunState(state),
+                because=from_text(because),
+                created_time=created,
+                changed_time=changed,
+                attempts=tries,
+                destination=from_text(destination),
+                waits_on=tuple(from_json(waits_on) or ()),
+                retry_time=retry_time,
+                error=None if error is None else from_text(error),
+                hint=None if hint is None else from_text(hint),
+                files=files,
+                bytes=size,
+                request=mapping(request) if request else {},
+                attempt=_attempt(last[run]) if run in last else None,
+                output=from_json(output),
+            )
+        )
+    runs.sort(key=lambda run: run.id)
+    source = read.execute("SELECT source FROM rule_set ORDER BY id DESC LIMIT 1").fetchone()
+    return Saved(
+        last_batch=read.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()[0],
+        runs=tuple(runs),
+        kept={from_text(key): from_json(value) for key, value in read.execute("SELECT key, value FROM kept")},
+        baselines={(rule, root): at for rule, root, at in read.execute("SELECT rule, root, time FROM baseline")},
+        groups=tuple(
+            SavedMark(rule, from_text(group), kind, batch, at)
+            for rule, group, kind, batch, at in read.execute("SELECT rule, captures, kind, batch, time FROM group_mark")
+        ),
+        alarms=tuple(
+            SavedAlarm(from_text(key), from_text(what), from_text(hint), since, acked, by and from_text(by))
+            for key, what, hint, since, acked, by in read.execute(
+                "SELECT key, what, hint, since_time, acked_time, acked_by FROM alarm WHERE cleared_time IS NULL"
+            )
+        ),
+        rules_source=from_json(source[0]) if source else None,
+        tally={
+            (rule, state): Count(count, files, size)
+            for rule, state, count, files, size in read.execute("SELECT rule, state, runs, files, bytes FROM tally")
+        },
+        rules=dict(read.execute("SELECT id, name FROM rule")),
+        roots={root: from_name(path) for root, path in read.execute("SELECT id, path FROM root")},
+    )

@@ -1,0 +1,281 @@
+"""A read-only window on one file, handed to checks, and the run of a rule's checks through it.
+
+It may not disturb the instrument: it opens for reading only, never locks,
+never follows a link, never waits on a pipe, reads a bounded number of bytes
+and keeps no descriptor open between two checks. Whatever was read belongs to
+one state of the file; when that state is over, so is the verdict (`Changed`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from trigger_daemon.core.model import State, Verdict
+from trigger_daemon.errors import TriggerError
+
+BYTES_MAX = 16 * 2**20  # a whole detector frame for its MD5; a structural check needs well below 1 MiB
+READS_MAX = 4_096  # a movie of one directory a frame costs a read each; 1,000 frames are usual for EER
+OPEN_MAX = 16  # descriptors on companions at once; an Eiger set may have hundreds
+NEEDS_MAX = 10_000  # names a check may ask for; beyond, it has misread something
+WHY_MAX = 500  # characters; a verdict is read by a person and kept in the journal
+
+PathName = str | bytes | os.PathLike[str]  # a str may hold surrogate escapes
+
+# Worst last; the verdict of a set is its worst.
+ORDER = (Verdict.COMPLETE, Verdict.UNKNOWN, Verdict.SUSPECT, Verdict.INCOMPLETE)
+
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY"))
+_NOATIME = getattr(os, "O_NOATIME", 0)  # only the owner may; everyone else gets EPERM
+
+
+class TooMuch(TriggerError):
+    """A check wanted more bytes or reads than its budget."""
+
+
+class Changed(TriggerError):
+    """The file (or a companion) is not, or no longer, in the state that was to be judged: no verdict."""
+
+
+class CannotRead(OSError):
+    """The file cannot be opened or read now (EACCES, sharing violation, EIO, no regular file): not yet, no verdict."""
+
+
+def same(one: State, other: State) -> bool:
+    """Say whether two states are equal; an inode of 0 means that the file system invents them."""
+    return one[:3] == other[:3] and (one[3] == other[3] or not one[3] or not other[3])
+
+
+class Probe:
+    """A window on one file as it is now, `size` bytes long; it stays so long even if the file grows.
+
+    `expected`: the state that is to be judged. The budget is for the life of
+    the window. `close` may be called at any time; the next read opens again.
+    Raises Changed if the file is gone or in another state, CannotRead if it
+    cannot be opened or is no regular file.
+    """
+
+    def __init__(
+        self,
+        path: PathName,
+        *,
+        expected: State | None = None,
+        bytes_max: int = BYTES_MAX,
+        reads_max: int = READS_MAX,
+    ) -> None:
+        self.path = os.fsencode(path)
+        self.name = os.fsdecode(os.path.basename(self.path))
+        self.bytes_read = 0
+        self.reads = 0
+        self._bytes_max = bytes_max
+        self._reads_max = reads_max
+        self._judged = expected
+        self._fd = -1
+        self._open()
+        self.size = self._judged[0] if self._judged else 0
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return up to `length` bytes at `offset`, fewer only at the end; raise TooMuch, Changed, CannotRead."""
+        if offset < 0 or length < 0:
+            raise ValueError(f"read of {length} bytes at {offset}")
+        length = min(length, self.size - offset)  # before anything is allocated: lengths come out of the file
+        if length <= 0:
+            return b""
+        if self.reads >= self._reads_max:
+            raise TooMuch(f"more than {self._reads_max:,} reads of {self.name}")
+        if self.bytes_read + length > self._bytes_max:
+            raise TooMuch(f"more than {self._bytes_max:,} bytes of {self.name}")
+        self.reads += 1
+        self.bytes_read += length
+        if self._fd < 0:
+            self._open()
+        parts: list[bytes] = []
+        while length:
+            try:
+                part = os.pread(self._fd, length, offset)
+            except OSError as error:
+                raise self._refused(error) from error
+            if not part:  # shorter than a moment ago; `recheck` will say so
+                break
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def state(self) -> State:
+        """Return size, mtime_ns, ctime_ns and inode of the open file, now."""
+        if self._fd < 0:
+            self._open()
+        return _state(os.fstat(self._fd))
+
+    def recheck(self) -> None:
+        """Raise Changed unless the file, and what its name stands for, is still in the state that was judged."""
+        try:
+            now = _state(os.lstat(self.path))
+            held = _state(os.fstat(self._fd)) if self._fd >= 0 else now
+        except OSError as error:
+            raise self._refused(error) from error
+        if self._judged is None or not (same(now, self._judged) and same(held, self._judged)):
+            raise self._changed(now)
+
+    def close(self) -> None:
+        """Let go of the descriptor."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def _open(self) -> None:
+        try:
+            # Looked at before it is opened: opening a pipe or a device can itself disturb its writer.
+            if not stat.S_ISREG(os.lstat(self.path).st_mode):
+                raise CannotRead(errno.EINVAL, "no regular file", self.path)
+            try:
+                self._fd = os.open(self.path, _FLAGS | _NOATIME)
+            except PermissionError:
+                self._fd = os.open(self.path, _FLAGS)
+            found = os.fstat(self._fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise CannotRead(errno.EINVAL, "no regular file", self.path)
+            if self._judged is None:
+                self._judged = _state(found)
+            elif not same(_state(found), self._judged):
+                raise self._changed(_state(found))
+        except (Changed, CannotRead):
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise self._refused(error) from error
+
+    def _changed(self, now: State) -> Changed:
+        before = self._judged[0] if self._judged else 0
+        what = f"from {before:,} to {now[0]:,} bytes" if now[0] != before else "its times or its inode"
+        return Changed(f"{self.name} changed while it was looked at ({what})")
+
+    def _refused(self, error: OSError) -> Changed | CannotRead:
+        if error.errno in _GONE:
+            return Changed(f"{self.name} is gone")
+        return CannotRead(error.errno or errno.EIO, error.strerror or str(error), self.path)
+
+
+class Companions(Mapping[str, Probe]):
+    """Windows on companions, opened when first asked for; at most OPEN_MAX descriptors at once."""
+
+    def __init__(self, paths: Mapping[str, PathName]) -> None:
+        self._paths = paths
+        self._probes: dict[str, Probe] = {}
+
+    def __getitem__(self, name: str) -> Probe:
+        if name in self._probes:
+            return self._probes[name]
+        path = self._paths[name]
+        if sum(not probe.closed for probe in self._probes.values()) >= OPEN_MAX:
+            self.close()
+        probe = self._probes[name] = Probe(path)
+        return probe
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def recheck(self) -> None:
+        """Raise Changed unless every companion that was opened is still in the state it was read in."""
+        for probe in self._probes.values():
+            probe.recheck()
+
+    def close(self) -> None:
+        """Let go of all descriptors."""
+        for probe in self._probes.values():
+            probe.close()
+
+
+def run_checks(
+    path: PathName,
+    expected_state: State,
+    checks: Sequence[tuple[str, Mapping[str, Any]]],
+    companions: Mapping[str, PathName],
+    find_check: Callable[[str], Any],
+) -> tuple[Verdict, str, tuple[str, ...]]:
+    """Run a file's checks and return the worst verdict, why, and the names that checks need besides.
+
+    `path` and the values of `companions` are absolute; the keys of
+    `companions` are what a check calls them by: names relative to the file's
+    directory. A check that fails is `unknown`, and its why names the check and
+    the error; an unknown name of a check likewise. The first `incomplete` is
+    proof and ends the run. Raises Changed (state is not `expected_state`
+    before and after, for the file and every companion that was read) and
+    CannotRead; both mean that there is no verdict.
+    """
+    others = Companions(companions)
+    said: list[tuple[Verdict, str]] = []
+    needs: dict[str, None] = {}
+    with Probe(path, expected=expected_state) as probe:
+        try:
+            for name, options in checks:
+                verdict, why, wanted = _run(name, options, probe, others, find_check)
+                said.append((verdict, why))
+                needs.update(dict.fromkeys(wanted))
+                if verdict is Verdict.INCOMPLETE:
+                    break
+        finally:
+            probe.close()
+            others.close()
+        probe.recheck()
+        others.recheck()
+    if not said:
+        return Verdict.UNKNOWN, "no check is asked for", ()
+    worst = max((verdict for verdict, _ in said), key=ORDER.index)
+    whys = dict.fromkeys(why for verdict, why in said if verdict is worst and why)
+    return worst, "; ".join(whys)[:WHY_MAX], tuple(needs)
+
+
+def _run(
+    name: str, options: Mapping[str, Any], probe: Probe, others: Companions, find_check: Callable[[str], Any]
+) -> tuple[Verdict, str, tuple[str, ...]]:
+    try:
+        outcome = find_check(name).check(probe, options, others)
+        return Verdict(outcome.verdict), str(outcome.why), _needs(outcome.needs)
+    except (Changed, CannotRead):
+        raise
+    except TooMuch as error:
+        return Verdict.UNKNOWN, f"check {name} gave up: {error.message}", ()
+    except Exception as error:  # noqa: BLE001 - a mistake in somebody's check must not stop the others, nor pass a file
+        return Verdict.UNKNOWN, f"check {name} failed: {type(error).__name__}: {error}"[:WHY_MAX], ()
+    finally:
+        probe.close()
+        others.close()
+
+
+def _needs(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError("needs is to be a tuple of names")
+    if len(names) > NEEDS_MAX:
+        raise ValueError(f"it needs {len(names):,} files, more than {NEEDS_MAX:,}")
+    for name in names:
+        if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+            raise ValueError(f"it needs {name!r}, which is no name below the file's directory")
+    return tuple(names)
+
+
+def _state(found: os.stat_result) -> State:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
