@@ -247,7 +247,7 @@ def latency_once(bench: Bench, writer: Writer, *, per_second: int, trust: bool) 
         writer.prepare(root)
         complete = {"quiescence": f"{quiescence_s:g}s", "trust": ["close"] if trust else []}
         rule = {"complete": complete, "start": {"bench_note": {"log": str(log)}}}
-        who = Daemon(work, state, rule, {"throttle": {"runs": 64}})
+        who = Daemon(work, state, rule, {"throttle": {"runs": 1_000}})
         try:
             who.start(root)
             written = writer.write(root, files=files, per_second=per_second)

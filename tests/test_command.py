@@ -277,6 +277,20 @@ def test_a_program_that_prints_for_ever_fills_no_disk(lab: Lab) -> None:
     assert (lab.directory(request) / "stderr").stat().st_size <= 2 * _supervisor.KEPT_BYTES + 100
 
 
+def test_a_program_that_prints_for_ever_fills_no_memory(lab: Lab) -> None:
+    """What is not kept is not remembered either."""
+    request = lab.request(f"head -c 100000000 /dev/zero; touch {lab.base}/said; while :; do sleep 1; done")
+    action = lab.action()
+    handle = action.start(request, None)
+    until((lab.base / "said").exists, "100 MB")
+    status = Path("/proc", str(below(lab.state)[0]), "status").read_text()
+    peak_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    action.cancel(request, handle)
+
+    assert ended(action, request, handle).status == "cancelled"
+    assert peak_kib < 50_000
+
+
 def test_the_timeout_ends_a_program_and_all_it_started(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +390,18 @@ def test_a_repeated_start_executes_once(lab: Lab) -> None:
 
     assert lab.executions() == 1
     assert handles[-1] == handles[-2]
+
+
+def test_a_layout_is_never_replaced(lab: Lab) -> None:
+    """Two threads that lay out one attempt at the same time: the first directory stands, a supervisor may be in it."""
+    request = lab.request()
+    action = lab.action()
+    action._lay_out(request, str(lab.directory(request)))
+    before = lab.directory(request).stat().st_ino
+    action._lay_out(request, str(lab.directory(request)))
+
+    assert lab.directory(request).stat().st_ino == before
+    assert os.listdir(lab.state) == ["7-1"]
 
 
 def test_another_attempt_executes_again(lab: Lab) -> None:
@@ -621,6 +647,7 @@ def test_a_cancel_before_the_exec_prevents_it(lab: Lab) -> None:
     handle = action.find(request, None)
 
     assert ended(action, request, handle).status == "cancelled"
+    assert not (lab.directory(request) / "begun.json").exists()
     assert lab.executions() == 0
 
 

@@ -700,10 +700,15 @@ def test_people_read_while_the_daemon_writes_and_when_it_is_down(state_dir: Path
         os.kill(os.getpid(), signal.SIGKILL)
 
     in_child(die)
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in state_dir.iterdir()}
+    killed = Reader(state_dir).run(1)
+    kept = Reader(state_dir).kept("k")
+    after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in state_dir.iterdir()}
 
-    assert up is not None and up == down == Reader(state_dir).run(1)
-    assert Reader(state_dir).kept("k") == 1, "the commit that lies only in the -wal"
+    assert up is not None and up == down == killed
+    assert kept == 1, "the commit that lies only in the -wal"
     assert files == left == ["journal.db", "lock"]
+    assert before == after, "recovery is the daemon's: a reader stopped in the middle of it would lock the next one out"
 
 
 def as_nobody(work: Callable[[], None]) -> int:

@@ -11,9 +11,19 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from trigger_daemon.core.patterns import (
-    Ignore, Matcher, Pattern, PatternError, captures_of, literally, render, render_all, template_names, why_not,
+    Ignore,
+    Matcher,
+    Pattern,
+    PatternError,
+    captures_of,
+    literally,
+    render,
+    render_all,
+    template_names,
+    why_not,
     with_slashes,
 )
+from trigger_daemon.core.regexes import vet
 from trigger_daemon.core.rules import BUILT_IN_IGNORES, Batch, CloseOn, Rule
 
 SEPARATOR = st.sampled_from(["_", "-", ".", "[30.0]_", " (2) ", "é", "/", "/Data/", "\n", "\udcff", "+", "^$"])
@@ -21,13 +31,17 @@ TEXT = st.text(alphabet="abz019\udc80\t(", min_size=1, max_size=6)  # shares not
 ANY_NAME = st.text(alphabet=st.characters(exclude_characters="/\0"), min_size=1, max_size=12).filter(
     lambda name: name not in (".", "..")
 )
+ANY_PATH = st.lists(ANY_NAME, min_size=1, max_size=3).map("/".join)
 COMPONENT = st.lists(
-    st.sampled_from(["a", "b", "_", ".", "*", "?", "{x}", "{y}", "{z:[ab]+}", "{w:.+}", "**", "ab"]), min_size=1, max_size=4,
+    st.sampled_from(["a", "b", "_", ".", "*", "?", "{x}", "{y}", "{z:[ab]+}", "{w:.+}", "**", "ab"]),
+    min_size=1, max_size=4,
 ).map("".join)
 LOOSE = st.lists(st.one_of(COMPONENT, st.just("**")), min_size=1, max_size=4).map("/".join)
 PATH = st.lists(st.text(alphabet="ab_.x\n", min_size=1, max_size=4), min_size=1, max_size=4).map("/".join)
 
-QUICK = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+QUICK = settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 
 
 def rule(*match: str, number: int = 1, **keys: Any) -> Rule:
@@ -89,8 +103,7 @@ def test_a_path_built_from_a_pattern_yields_its_captures(parts: list[tuple[str, 
 @given(LOOSE, PATH)
 def test_captures_put_back_give_the_path(text: str, path: str) -> None:
     """Wherever a pattern of captures matches, filling them in gives the path again."""
-    plain = re.sub(r"[*?]+", "", text)
-    plain = re.sub(r"\{(\w+):[^}]*\}", r"{\1}", plain)
+    plain = re.sub(r"/+", "/", re.sub(r"[*?]+", "", re.sub(r"\{(\w+):[^}]*\}", r"{\1}", text)))
     found = pattern_or_reject(plain).match(path)
 
     assert found is None or render(plain, found) == path
@@ -106,7 +119,7 @@ def test_matching_agrees_with_plain_backtracking(text: str, path: str) -> None:
 
 
 @QUICK
-@given(st.lists(ANY_NAME, min_size=1, max_size=3).map("/".join), st.lists(ANY_NAME, min_size=1, max_size=3).map("/".join))
+@given(ANY_PATH, ANY_PATH)
 def test_literal_text_matches_only_itself(one: str, other: str) -> None:
     """Brackets, dots, stars of no pattern: everything else is literal."""
     assume(not set("*?") & set(one))
@@ -286,6 +299,18 @@ def test_fifty_rules_find_each_its_own() -> None:
     assert wants("q_7.tif") == (7,)
     assert wants("x3_y_9.tif") == (3, 9)
     assert wants("x51_y.tif") == ()
+
+
+def test_rules_that_overlap_are_all_found() -> None:
+    """The first alternative that matches does not hide those behind it."""
+    rules = [rule(f"{{a}}_{i}_{{b}}.tif", number=i) for i in range(1, 51)]
+
+    assert Matcher(rules).directory("").wants("x_7_31_9_y.tif") == (7, 9, 31)
+
+
+def test_groups_inside_a_capture_capture_nothing() -> None:
+    """Parentheses only group; the pattern's own captures are the only ones."""
+    assert re.compile(vet(r"(a|b)(?:c)([)(]\()").source).groups == 0
 
 
 def test_markers_are_wanted_as_negative() -> None:

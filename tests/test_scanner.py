@@ -39,7 +39,7 @@ from trigger_daemon.desk import Claim
 from trigger_daemon.hints import Hints, HintSource, WatchLimit
 from trigger_daemon.journal import ClaimReader, Journal
 from trigger_daemon.looks import CHUNK_MAX, CHUNK_S
-from trigger_daemon.roots import LOCAL_TYPES
+from trigger_daemon.roots import EMPTIED_CONFIRM_S, LOCAL_TYPES, Beat, Root
 from trigger_daemon.scanner import Scanner
 from trigger_daemon.worker import Stop, Worker
 
@@ -143,12 +143,14 @@ class Core:
 
     def __init__(self) -> None:
         self.facts: list[Fact] = []
+        self.on_post: Callable[[Fact], None] = lambda fact: None
         self.gate = threading.Event()
         self.gate.set()
 
     def post(self, fact: Fact) -> None:
         self.gate.wait()
         self.facts.append(fact)
+        self.on_post(fact)
 
 
 class Bench:
@@ -650,13 +652,16 @@ def test_rows_never_carry_claims_older_than_a_mark(bench: Callable[..., Bench], 
     for name in names:
         (root / name).touch()
     b = bench().opened()
-    b.core.gate.clear()
-    b.scanner.sweep(Sweep(1, True, 1))
-    b.scanner.mark(Mark(1))
-    b.ledger.as_of = 8
-    b.core.gate.set()
-    b.next(Marked)
-    b.next(Swept)
+
+    def commit_and_mark(fact: Fact) -> None:
+        """A batch is committed, and marked, while the first of two chunks of a directory is on its way."""
+        if isinstance(fact, Seen) and b.ledger.as_of == 7:
+            b.ledger.as_of = 8
+            b.scanner.mark(Mark(1))
+
+    b.core.on_post = commit_and_mark
+    _, seen = b.sweep(full=True)
+    assert seen[0].as_of == 7
 
     at = next(index for index, fact in enumerate(b.core.facts) if isinstance(fact, Marked))
     marked = b.core.facts[at]
@@ -753,7 +758,7 @@ def test_a_directory_that_cannot_be_read_hides_nothing_of_its_siblings(
         ctypes.CDLL(None).setfsuid(65_534)  # of this thread only; takes away root's override too
         worker.run()
 
-    thread = threading.Thread(target=as_nobody)
+    thread = threading.Thread(target=as_nobody, daemon=True)
     thread.start()
 
     def swept() -> list[Swept]:
@@ -861,6 +866,35 @@ def test_half_of_the_top_gone_at_once_is_suspect_until_accepted(bench: Callable[
     b.health("returned")
     assert b.next(Swept).ok
     b.wait(lambda: len(b.vanished()) == 6)
+
+
+def test_a_local_root_that_stays_emptied_was_emptied_on_purpose(root: Path) -> None:
+    """The same device, inode and mount, empty for a minute: believed. A share is never believed by waiting."""
+    at = [1_000.0]
+    kept: list[dict[str, Any]] = []
+
+    def made(local_types: frozenset[str]) -> Root:
+        return Root(
+            str(root), identity=kept[-1] if kept else None, keep=kept.append, has_claims=lambda: True,
+            monotonic=lambda: at[0], beat=Beat(), local_types=local_types,
+        )  # fmt: skip
+
+    (root / "a.tif").touch()
+    local = made(LOCAL_TYPES)
+    assert local.check()
+    remote = made(frozenset())
+    assert remote.check()
+    (root / "a.tif").unlink()
+
+    for step in (0.0, EMPTIED_CONFIRM_S / 2):
+        at[0] += step
+        assert not local.check(deep=True)
+        assert not remote.check(deep=True)
+    at[0] += EMPTIED_CONFIRM_S
+    assert (local.check(), local.epoch) == (True, 1)
+    assert (remote.check(), remote.health) == (False, "suspect")
+    assert remote.check(accept=True)
+    assert remote.check(deep=True)
 
 
 def test_an_empty_root_with_claims_is_suspect_at_the_start(bench: Callable[..., Bench], root: Path) -> None:
@@ -993,6 +1027,9 @@ def test_a_hung_thread_is_given_up_and_replaced_once_it_is_gone(bench: Callable[
     b.wait(lambda: b.scanner.roots()[1]["health"] == "ok")
     told = [fact.health for fact in b.core.facts if isinstance(fact, RootChanged)]
     assert told == ["ok", "lost", "returned", "ok"]
+    silent = [isinstance(fact, RootChanged) for fact in b.core.facts]
+    lost, returned = [at for at, changed in enumerate(silent) if changed][1:3]
+    assert all(isinstance(fact, Unreadable) for fact in b.core.facts[lost + 1 : returned])
 
 
 def test_a_root_that_hangs_delays_no_other_and_not_the_end(
@@ -1042,6 +1079,24 @@ def test_a_worker_that_fails_is_started_again(bench: Callable[..., Bench], root:
     b.ledger.broken = ""
     b.wait(lambda: (b.scanner.supervise(time.monotonic() + 60), b.scanner.roots()[1]["health"] == "ok")[1])
     b.health("returned")
+
+
+def test_a_worker_that_cannot_be_started_is_told_and_tried_again(
+    bench: Callable[..., Bench], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that has run out of threads loses a root for a while, not the daemon."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    b = bench()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        b.open()
+    assert "can't start new thread" in b.health("lost").why
+
+    b.scanner.supervise(time.monotonic() + 60)
+    assert b.next(Swept).ok
 
 
 def test_asked_sweeps_and_marks_outlive_a_worker(bench: Callable[..., Bench], root: Path) -> None:

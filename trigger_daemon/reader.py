@@ -178,6 +178,10 @@ class Reader:
             for name, rule, size, mtime_ns, batch, state, reason, closed, final, because, error, hint, proved in rows
         ]
 
+    def roots(self) -> list[str]:
+        """Return the path of every root that was ever watched."""
+        return [from_name(path) for (path,) in self._ask(lambda sql: sql.execute("SELECT path FROM root").fetchall())]
+
     def rules_source(self) -> Any:
         """Return the rule set last accepted, [{"file", "text"}, ...], None before the first."""
         row = self._ask(lambda sql: sql.execute("SELECT source FROM rule_set ORDER BY id DESC LIMIT 1").fetchone())

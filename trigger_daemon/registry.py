@@ -108,4 +108,4 @@ def _find(package: ModuleType, noun: str, name: str) -> Any:
 
 def extra_names(action: type[Any]) -> tuple[str, ...]:
     """Return names that this action fills into its strings itself, when it starts (`{manifest}`)."""
-    return tuple(getattr(action, "EXTRA_NAMES", getattr(action, "FILLS", ())))
+    return tuple(getattr(action, "EXTRA_NAMES", ()))

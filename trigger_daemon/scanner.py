@@ -123,12 +123,13 @@ class _Slot:
     def end(self, why: str) -> None:
         """Give the worker up; its looks are refused, so that nobody waits for them."""
         with self._lock:
-            self.former, self.host = self.host, None
+            host, self.host = self.host, None
             self.lost = why
             self.returning = True
             looks, self._looks = self._looks, {}
-        if self.former is not None:
-            self.former.give_up()
+        if host is not None:
+            self.former = host
+            host.give_up()
         for look in looks.values():
             self._scanner.refuse(look, why)
 
@@ -298,8 +299,19 @@ class Scanner:
         return mount is not None and mount.fstype not in self._local_types
 
     def _start(self, slot: _Slot) -> None:
+        """Start a worker; where that fails (no process, thread or descriptor left) try again later."""
+        try:
+            host = self._make(slot)
+            slot.begin(host, hold=self._hold)
+            host.start()
+        except (OSError, RuntimeError, TriggerError) as error:
+            now = self._clock.monotonic()
+            hint = "see what this host has run out of"
+            self._lose(slot, f"no worker can be started: {error}", now, hint, now + RESTART_S)
+
+    def _make(self, slot: _Slot) -> _ThreadHost | _ProcessHost:
         make = _ProcessHost if slot.hangs else _ThreadHost
-        host = make(
+        return make(
             slot,
             post=self._post,
             settings={
@@ -317,8 +329,6 @@ class Scanner:
             hints=self._hints,
             hang_s=self._hang_remote_s if slot.hangs else self._hang_s,
         )
-        slot.begin(host, hold=self._hold)
-        host.start()
 
     def _lose(self, slot: _Slot, why: str, now: float, hint: str, again_at: float) -> None:
         self._aside.put(RootChanged(slot.root, "lost", f"{slot.path}: {why}", hint, "none", now))
@@ -408,7 +418,7 @@ class _ThreadHost:
         self._worker.ask(0, Stop())
 
     def gone(self) -> bool:
-        return not self._thread.is_alive()
+        return not self._thread.is_alive()  # also of one that could not be started
 
     def status(self) -> dict[str, Any]:
         return self._worker.status()

@@ -17,13 +17,12 @@ from __future__ import annotations
 import errno
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
 from trigger_daemon.core.model import Seen, State, Sweep, Swept, Vanished, join
-from trigger_daemon.core.patterns import DirMatcher
 from trigger_daemon.desk import Claim, Desk
 from trigger_daemon.looks import ABSENT, CHUNK_MAX, TROUBLE
 from trigger_daemon.roots import hashes
@@ -298,14 +297,19 @@ class Sweeper:
             return
         now, files, dirs = listed
         walk.todo += self._descend(directory, dirs)
+        ids_of: Callable[[str], tuple[int, ...]] = matcher.wants
         if before is not None and before.flags is not None and before.known == now.known:
             now.flags, now.settled = before.flags, before.settled
             now.again = before.mtime_ns != now.mtime_ns
+        elif matcher.any:
+            ids = list(map(matcher.wants, files))
+            ids_of = dict(zip(files, ids, strict=True)).__getitem__
+            now.flags = bytes(map(bool, ids))
         else:
-            now.flags = bytes(map(bool, map(matcher.wants, files))) if matcher.any else bytes(len(files))
+            now.flags = bytes(len(files))
         wanted = list(compress(files, now.flags))
         walk.files += len(wanted)
-        joining = _Joining(self, directory, matcher, now.settled)
+        joining = _Joining(self, directory, ids_of, now.settled)
         if now.settled is None and matcher.any:
             joining.read()
         now.settled = None
@@ -362,7 +366,7 @@ class Sweeper:
         wanted = [name for name in files if hash(name) not in old and wants(name)] if matcher.any else []
         walk.files += len(wanted)
         self._found += len(wanted)
-        joining = _Joining(self, directory, matcher, None)
+        joining = _Joining(self, directory, wants, None)
         for start in range(0, len(wanted), CHUNK_MAX):
             block = wanted[start : start + CHUNK_MAX]
             joining.read(block)
@@ -455,13 +459,19 @@ class Sweeper:
 class _Joining:
     """Looks at blocks of one directory's names, and sends the rows whose version is not fully claimed."""
 
-    def __init__(self, sweeper: Sweeper, directory: str, matcher: DirMatcher, settled: array[int] | None) -> None:
+    def __init__(
+        self,
+        sweeper: Sweeper,
+        directory: str,
+        ids_of: Callable[[str], tuple[int, ...]],
+        settled: array[int] | None,
+    ) -> None:
         self.claims: Mapping[str, Sequence[Claim]] | None = None
         self.digests: array[int] = array("q")  # one a block; 0 where something was sent
         self._sweeper = sweeper
         self._desk = sweeper._desk
         self._directory = directory
-        self._wants = matcher.wants
+        self._ids_of = ids_of
         self._settled = settled
         self._as_of = -1
         self._stale = 0
@@ -490,7 +500,7 @@ class _Joining:
             self.read()
         sent = False
         for looked in chunks:
-            rows = desk.left(looked.rows, self._wants, self.claims or {})
+            rows = desk.left(looked.rows, self._ids_of, self.claims or {})
             if rows:
                 sent = True
                 desk.post(Seen(desk.root, directory, rows, looked.began, looked.ended, "sweep", "none", self._as_of))

@@ -513,27 +513,42 @@ class Job:
         return Proven(file.index, unit.dest.index, unit.target, unit.temp, unit.inode, file.size, unit.mtime_ns, record)
 
     def _prove_all(self) -> None:
-        """Prove by reading both sides; nothing is written."""
+        """Prove what stands there now: untouched since it was read back, or by reading both sides."""
+        changed = self.store.changed(self.run_id)
         for file in self.files:
+            if file.index in changed:
+                continue
             for dest in self.dests:
                 if dest.trouble:
                     continue
                 unit = Unit(file, dest, self.target(file, dest), False)
                 try:
-                    there = _state(unit.target)
-                    if there is None:
-                        self.differs[file.path] = f"{printable(unit.target)} is missing"
-                    elif self._is_source(unit, there):
-                        self.differs[file.path] = f"{printable(unit.target)} is the source itself"
-                    elif there.st_size != file.size or not self._prove(unit):
-                        self.differs[file.path] = f"{printable(unit.target)} differs"
+                    why = self._why_unproven(unit)
+                    if why:
+                        self.differs[file.path] = f"{printable(unit.target)} {why}"
+                        self.store.unprove(self.run_id, file.index, dest.index)
                 except Changed as change:
+                    self.store.unprove(self.run_id, file.index, dest.index)
                     self._note_change(file, str(change))
                     break
                 except Trouble as trouble:
                     self._note(trouble)
                 except OSError as fault:
                     self.note_at(dest, fault, "read back", unit.target)
+
+    def _why_unproven(self, unit: Unit) -> str:
+        """Return '' if the target is equal to the manifest's version, else what is wrong. Raises Changed and others."""
+        there = _state(unit.target)
+        if there is None:
+            Source(unit.file.source, unit.file.size, unit.file.mtime_ns).close()
+            return "is missing"
+        known = self.proven.get((unit.file.index, unit.dest.index))
+        if known and (inode_key(there.st_ino), there.st_size, there.st_mtime_ns) == known[1:4]:
+            self.done(unit)
+            return ""
+        if self._is_source(unit, there):
+            return "is the source itself"
+        return "" if there.st_size == unit.file.size and self._prove(unit) else "differs"
 
     # ------------------------------------------------------------------- leftovers
 

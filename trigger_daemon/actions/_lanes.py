@@ -91,6 +91,7 @@ class Lanes:
         self._news = news
         self._env = env
         self._queue: deque[Work] = deque()
+        self._quick: deque[Work] = deque()  # questions: they do not wait behind copies that take hours
         self._cancels: deque[Work] = deque()
         self._lanes: list[_Lane] = []
         self._dying: list[_Lane] = []
@@ -104,7 +105,7 @@ class Lanes:
         self._thread.start()
 
     def submit(self, work: Work) -> None:
-        self._queue.append(work)
+        (self._quick if work.order["do"] == "prove" else self._queue).append(work)
         self._wake()
 
     def cancel(self, work: Work) -> None:
@@ -172,11 +173,12 @@ class Lanes:
         return IDLE_S if len(self._lanes) > 1 else None
 
     def _assign(self) -> None:
-        while self._queue:
-            lane = self._free_lane()
+        while self._quick or self._queue:
+            queue = self._quick or self._queue
+            lane = self._free_lane(queue)
             if lane is None:
                 return
-            work = self._queue.popleft()
+            work = queue.popleft()
             pace = self._share(1 + sum(1 for other in self._lanes if other.work))
             if work.cancelled:
                 work.order["do"] = "clean"
@@ -186,16 +188,16 @@ class Lanes:
             self._put(lane, {**work.order, "generation": self._generation})
             self._send(lane)
 
-    def _free_lane(self) -> _Lane | None:
+    def _free_lane(self, queue: deque[Work]) -> _Lane | None:
         for lane in reversed(self._lanes):  # the last used is warm
             if lane.work is None:
                 return lane
-        if len(self._lanes) >= self._most:
+        if len(self._lanes) >= self._most + (queue is self._quick):
             return None
         try:
             lane = _Lane(self._argv, self._env)
         except OSError as fault:
-            work = self._queue.popleft()
+            work = queue.popleft()
             self._end(work, _failed("batch", f"cannot start a copying worker: {fault}"))
             return None
         self._selector.register(lane.out, selectors.EVENT_READ, lane)

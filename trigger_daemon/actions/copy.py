@@ -21,7 +21,7 @@ from typing import Any
 from trigger_daemon.actions import Context, Differs, Json, Progress, Proof, Refused, Request, Unknown, Unproven
 from trigger_daemon.actions._copy_store import Store
 from trigger_daemon.actions._lanes import Lanes, Pace, Work
-from trigger_daemon.core.grammar import Option, OptionFault
+from trigger_daemon.core.grammar import Option, OptionFault, Options
 from trigger_daemon.core.model import Fault, Scope
 
 LANES = 4  # `lanes` in the settings
@@ -38,7 +38,7 @@ _LIBRARIES = {"xxh3": "xxhash", "blake3": "blake3"}
 class Action:
     """The provider; see the module."""
 
-    OPTIONS = {
+    OPTIONS: Options = {
         "to": Option("texts", "where to: an existing directory, or a list of them (each is proved)",
                      required=True, template=True),
         "layout": Option("enum", "keep the path below the root, or put all files flat into `to`",
@@ -140,10 +140,7 @@ class Action:
                 self._submit(request, "clean")
 
     def verify(self, request: Request, handle: Json) -> Proof | Differs | Unproven:
-        """Return what was read back before the rename; where no record is left, read both sides again."""
-        found = self._proof(request)
-        if found is not None:
-            return found
+        """Return what was read back before the rename if the targets are untouched; else read both sides again."""
         with self._lock:
             if self._closed:
                 return Unproven(Fault("transient", "the copy action is closed", counts=False))
@@ -152,13 +149,13 @@ class Action:
             except Refused as refused:
                 return Unproven(refused.fault)
         work.ended.wait()
-        found = self._proof(request)
+        report = work.report or {"fault": None, "differs": {}, "changed": []}
+        if report["differs"]:
+            return Differs(report["differs"], tuple(report["changed"]))
+        found = None if report["fault"] else self._proof(request)
         if found is not None:
             return found
-        report = work.report or {}
-        if report.get("differs"):
-            return Differs(report["differs"], tuple(report["changed"]))
-        fault = report.get("fault")
+        fault = report["fault"]
         return Unproven(_fault(fault) if fault else Fault("transient", "the proof was cut short", counts=False))
 
     def forget(self, run: int) -> None:

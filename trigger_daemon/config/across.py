@@ -258,6 +258,6 @@ def _writing_place(options: Read, written: str) -> Value:
     for place in options.places.values():
         if place.kind in ("text", "list"):
             for item in place.items_or_one():
-                if str(item.node.value) == written:
+                if str(item.node.value).startswith(written):  # an action may tell only the part before a capture
                     return item
     return options.at

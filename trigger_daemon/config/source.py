@@ -24,12 +24,15 @@ from trigger_daemon.errors import ConfigFault
 FILE_BYTES_MAX = 1_000_000  # 1,000 rules of some length
 NODES_MAX = 1_000_000  # looked at in one file, aliases counted each time: 1,000 rules need about 200,000
 DEPTH_MAX = 30  # of nesting; rules have about 8
+BRACKETS_MAX = 200  # open at once, those in texts and comments included; beyond it the parser becomes slow
 FAULTS_MAX = 100  # reported of one file: more than anybody reads
 QUOTE_MAX = 500  # characters of the line shown with a fault
 
 T = TypeVar("T")
 
 _BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # where the YAML reader counts a new line
+# What plain values are resolved to, by the rules of either YAML; how they are read is decided in `Value.kind`.
+_TAGS = frozenset({"str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value"})
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _UNQUOTED = re.compile(r"(?:[:\-\[,]\s+|\[|,|^\s*)(\{[^\"'{}]*\}[^\s,\]}]|\{[^\"'{}]*\}\s*$|\*[^\s,\]]+)")
@@ -80,6 +83,11 @@ class Source:
         """Return the document's root, None after a fault; `empty` says what to write into an empty file."""
         if len(self.text.encode("utf-8", "surrogatepass")) > FILE_BYTES_MAX:
             self.add(ConfigFault(self.file, 0, 0, f"the file is larger than {FILE_BYTES_MAX:,} bytes", "split it"))
+            return None
+        if (deep := _too_deep(self.text)) is not None:
+            before = _BREAK.split(self.text[:deep])
+            hint = f"at most {DEPTH_MAX} levels are read"
+            self.add(self.fault(len(before) - 1, len(before[-1]), "the file is nested too deeply", hint))
             return None
         try:
             node = YAML(typ="rt", pure=True).compose(self.text)
@@ -140,6 +148,16 @@ class Source:
         return self.fault(line, column, problem, hint)
 
 
+def _too_deep(text: str) -> int | None:
+    """Return where brackets are nested so deeply that the parser would take minutes, whatever they mean there."""
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if bracket[0] in "[{" else -min(depth, 1)
+        if depth > BRACKETS_MAX:
+            return bracket.start()
+    return None
+
+
 def _code(character: Any) -> int:
     return character if isinstance(character, int) else ord(str(character)[0])
 
@@ -176,7 +194,7 @@ class Value:
                 f"at most {NODES_MAX:,} values in {DEPTH_MAX} levels are read, aliases counted",
             ))
 
-        if str(node.tag).startswith("!"):
+        if str(node.tag).removeprefix("tag:yaml.org,2002:") not in _TAGS:
             self.bad(f"tags such as {node.tag} are not understood", "remove it; quote a text that begins with !")
 
     # ------------------------------------------------------------------ places

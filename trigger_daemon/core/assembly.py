@@ -101,6 +101,9 @@ class Assembly:
         self._last_seen: dict[Group, float] = {}  # for new_group_after
         spec = rule.batch
         self.spec: Batch | None = spec
+        counts = [n for n in (spec.only_first, spec.files, spec.expect) if n is not None] if spec else []
+        self._files_enough = min([*counts, BATCH_FILES_MAX])
+        self._bytes_enough = spec.bytes if spec else None
         self.settling = Settling(
             key=rule.id, rule=rule, root=root, roots=roots, quiescence_s=rule.complete.quiescence_s,
             checks=rule.complete.checks, companions=rule.complete.companions, timers=timers, out=out,
@@ -170,18 +173,20 @@ class Assembly:
             return
         open_ = self.groups.get(group)
         if open_ is None:
-            open_ = self.groups[group] = Open(group, first_at=at)
+            open_ = self.groups[group] = Open(group, first_at=at, last_at=at)
+            self._arm(open_)
         open_.members[member] = None
         open_.bytes += member.state[0]
         open_.last_at = at
-        self._settled(member, at)
-        self._consider(open_, at)
+        if self.pending:
+            self._settled(member, at)
+        if len(open_.members) >= self._files_enough or (self._bytes_enough is not None and open_.bytes >= self._bytes_enough):
+            self._consider(open_, at)
 
     def _settled(self, member: Member, at: float) -> None:
-        if self.pending:
-            for pending in list(self.pending):
-                pending.waits.discard(member)
-                self._try_pending(pending, at)
+        for pending in list(self.pending):
+            pending.waits.discard(member)
+            self._try_pending(pending, at)
 
     def left(self, member: Member) -> None:
         """A file left: gone, blocked, changed, claimed."""
@@ -223,7 +228,7 @@ class Assembly:
     # ------------------------------------------------------------ when to close
 
     def _consider(self, open_: Open, at: float) -> None:
-        """Close if a condition holds; else see that time will."""
+        """Close if enough has come."""
         spec = self.spec
         assert spec is not None
         files = len(open_.members)
@@ -240,11 +245,15 @@ class Assembly:
             reason = f"files: {files}, the most a batch may hold"
         if reason:
             self._begin_close(open_, reason, at)
-            return
-        if spec.oldest_waits_s is not None and self.timers.at((self, open_, "oldest")) is None:
-            self.timers.set((self, open_, "oldest"), open_.first_at + spec.oldest_waits_s,
-                            lambda now: self._oldest(open_, now))  # fmt: skip
-        if spec.idle_s is not None and self.timers.at((self, open_, "idle")) is None:
+
+    def _arm(self, open_: Open) -> None:
+        """Set the instants at which time alone closes the batch; `idle` sets its own next one."""
+        spec = self.spec
+        assert spec is not None
+        if spec.oldest_waits_s is not None:
+            due = open_.first_at + spec.oldest_waits_s
+            self.timers.set((self, open_, "oldest"), due, lambda now: self._oldest(open_, now))
+        if spec.idle_s is not None:
             self.timers.set((self, open_, "idle"), open_.last_at + spec.idle_s, lambda now: self._idle(open_, now))
 
     def _oldest(self, open_: Open, now: float) -> None:
@@ -327,6 +336,7 @@ class Assembly:
             member.stage = COMPLETE
         if open_.members:
             self.groups[open_.group] = open_
+            self._arm(open_)
             self._consider(open_, at)
         elif newer:
             del self.groups[open_.group]
@@ -461,6 +471,7 @@ class Assembly:
             pending.ask = self._next_ask()
             self.out.append(Sweep(self.root, True, pending.ask))
         for open_ in list(self.groups.values()):
+            self._arm(open_)
             self._consider(open_, at)
 
     def _stall(self, member: Member, at: float) -> None:

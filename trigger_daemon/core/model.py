@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # A look's result: size in bytes, mtime_ns, ctime_ns, inode. Compared for
 # equality only; instrument clocks are wrong. The inode is 0 where the file
@@ -334,8 +334,7 @@ Fact = (
 # effect is carried out only after that commit.
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One file version in a batch. `role`: '' the file itself, companion, shared; `flag`: '' or suspect."""
 
     root: int

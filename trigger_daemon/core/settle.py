@@ -330,6 +330,9 @@ class Settling:
         self._check(member, at)
 
     def _check(self, member: Member, at: float) -> None:
+        if not self.checks and not member.companions:
+            self.complete(member, at)
+            return
         pending = [c for c in member.companions if c.quiet and c.checks and c.verdict is None]
         if not self.checks and not pending:
             self._companions_judged(member, at)
@@ -402,8 +405,10 @@ class Settling:
         self._on_left(member)
 
     def _settled(self, member: Member) -> None:
-        self.queue.pop(member, None)
-        self.timers.cancel(member)
+        if member.stage == SETTLING:
+            self.queue.pop(member, None)  # and nothing else: a timer is set only when this stage is left
+        else:
+            self.timers.cancel(member)
         if self.first_seen:
             self.first_seen.pop(member, None)
             self.timers.cancel((member, "stall"))

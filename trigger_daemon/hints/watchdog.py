@@ -152,7 +152,8 @@ class Source:
                         continue
                     ended.append(box.observer)
                     box.observer = None
-                    box.not_before = max(self._scan_only_until, now + min(RESTART_MAX_S, 2.0 ** min(box.failures, 6)) - 1.0)
+                    pause_s = min(RESTART_MAX_S, 2.0 ** min(box.failures, 6)) - 1.0  # none the first time
+                    box.not_before = max(self._scan_only_until, now + pause_s)
                     box.failures += 1
                     box.refused = f"watchdog is not used for {os.fsdecode(box.path)}: {wrong}"
                     self._restarts += 1

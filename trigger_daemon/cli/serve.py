@@ -1,0 +1,50 @@
+"""`serve`: the daemon, in the foreground."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from trigger_daemon.cli.commands import FAILURE, OK, Command, Setup, pass_setup
+from trigger_daemon.cli.text import complain
+from trigger_daemon.errors import TriggerError
+
+
+@click.command(cls=Command)
+@pass_setup
+def serve(setup: Setup) -> None:
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C. SIGHUP reads settings and rules again.
+
+    Log lines go to stderr: text on a terminal, else one JSON object a line.
+    """
+    import asyncio
+
+    from trigger_daemon import daemon, log
+
+    settings = setup.settings()
+    log.set_up(settings.log.level, settings.log.format)
+    # asyncio.run and the interpreter would both join every thread at the end, and one may hang in a dead mount.
+    # What has to be finished was finished by the daemon itself: the runner is left as it is.
+    runner = asyncio.Runner()
+    try:
+        runner.run(daemon.serve(settings, reload_settings=setup.settings))
+    except TriggerError as error:
+        complain(error.message, error.hint)
+        _leave(FAILURE)
+    except Exception:  # noqa: BLE001 the top: the service manager starts us again, if only we end
+        log.get().critical("daemon.crashed", exc_info=True)
+        _leave(FAILURE)
+    _leave(OK)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process now, without waiting for threads."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass
+    os._exit(code)
