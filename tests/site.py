@@ -19,6 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trigger_daemon.control import ControlClient
+from trigger_daemon.errors import TriggerError
+
 READY_S = 30.0
 
 
@@ -190,7 +193,19 @@ class Site:
             if predicate():
                 return
             time.sleep(0.05)  # the daemon is another process; nothing to pass a clock to
-        raise AssertionError(f"after {timeout_s:g} s not true: {what}; runs {self.states()}\n{self.tail()}")
+        missed = sorted(self.versions() - set(self.taken()))
+        raise AssertionError(
+            f"after {timeout_s:g} s not true: {what}; runs {self.states()}; {len(missed)} not batched: {missed[:5]};"
+            f" waiting: {self.waiting()}\n{self.tail()}"
+        )
+
+    def waiting(self) -> str:
+        """Return what the live daemon says of files that wait."""
+        try:
+            answer = ControlClient(self.state).ask("files.list", {}, "test", "", timeout_s=5)
+        except TriggerError as error:
+            return str(error)
+        return str(answer.get("files", answer))[:1_000]
 
     def until_verified(self, files: int, timeout_s: float = 60.0, rule: str = "first") -> None:
         """Wait until so many file versions of a rule lie in VERIFIED runs, and no run is open."""

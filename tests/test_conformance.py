@@ -278,7 +278,7 @@ def test_a_spoiled_destination_is_not_proved(make: MakeBench, how: str) -> None:
     files = some(bench)
     action, request, handle, _ = done(bench, *files)
     if not action.VERIFIES:
-        pytest.skip("this action does not verify")
+        return  # it promises no proof, and the rule says so
     bench.spoil(files[0].path, how)
     said = action.verify(request, handle)
     action.close()

@@ -232,7 +232,7 @@ def test_a_repetition_with_a_separator_is_taken() -> None:
     "text", ["*a*a*a*a*a*a*a*a*a*a*b", "{a}_{b}_{c}_{d}_{e}_{f}_{g}_{h}_{i}.tif", "**/*a*a*a*a/**/*a*a*a*a*b"]
 )
 def test_no_name_takes_long(text: str) -> None:
-    """However many wildcards, a name of the longest length is judged in well under a tenth of a second."""
+    """However many wildcards, a name of the longest length is judged in milliseconds; backtracking would take years."""
     pattern = Pattern(text)
     matcher = Matcher([rule(text)]).directory("")
     begun = time.perf_counter()
@@ -240,7 +240,7 @@ def test_no_name_takes_long(text: str) -> None:
         assert pattern.match(char * 255) is None
         assert matcher.wants(char * 255) == ()
 
-    assert time.perf_counter() - begun < 0.1
+    assert time.perf_counter() - begun < 1.0
 
 
 # ------------------------------------------------------------------ the quick way

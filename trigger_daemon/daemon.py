@@ -29,7 +29,7 @@ from trigger_daemon.clock import Clock, SystemClock
 from trigger_daemon.control import Control
 from trigger_daemon.core import model
 from trigger_daemon.core.engine import Engine
-from trigger_daemon.core.model import RECORDS, Effect, Fact
+from trigger_daemon.core.model import RECORDS, Effect, Fact, RunState
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.errors import ConfigError, ConfigFault, JournalError, JournalFull
 from trigger_daemon.executor import Executor, Providers
@@ -48,6 +48,7 @@ COMMIT_AGAIN_S = 1.0  # a failed commit is tried again so often
 RESTART_S = 2.0  # after a broken journal
 THIN_EVERY_S = 3_600.0
 THIN_RUNS = 1_000
+LANES_MAX = 8  # copying processes; more only fight for one disk
 LOW, CRITICAL = Amount(ratio=0.2), Amount(ratio=0.05)  # of a volume whose settings say nothing
 
 _RECORD_TYPES = frozenset(RECORDS)
@@ -146,7 +147,7 @@ class Life:
         loop = asyncio.get_running_loop()
         self.journal = self._part(await loop.run_in_executor(self._journal_thread, Journal.open, self.state_dir))
         self.inbox = Inbox(loop)
-        self.providers = self._part(Providers(self.state_dir, {}, self._nudge))
+        self.providers = self._part(Providers(self.state_dir, {"lanes": min(settings.throttle.runs, LANES_MAX)}, self._nudge))
         saved = await loop.run_in_executor(self._journal_thread, self.journal.load)
         self._root_paths = dict(saved.roots)
         self.engine = Engine(
@@ -266,13 +267,15 @@ class Life:
                 getattr(self.log, level)(event, **keys)
             case model.BatchClosed():
                 self.log.info(
-                    "batch.closed", batch=effect.batch, group=dict(effect.group), files=len(effect.members),
+                    "batch.closed", batch=effect.batch, rule=effect.request["rule"], group=dict(effect.group), files=len(effect.members),
                     bytes=effect.bytes, because=effect.reason,
                 )  # fmt: skip
             case model.RunMoved():
                 if effect.final:
                     self.executor.finished(effect.run)
-                self.log.info(
+                # On the way of every run; its beginning (batch.closed) and its end are for everybody.
+                tell = self.log.info if effect.final or effect.to_state == RunState.HELD else self.log.debug
+                tell(
                     "run.moved", run=effect.run, source=str(effect.from_state), to=str(effect.to_state),
                     because=effect.because,
                 )  # fmt: skip
@@ -367,12 +370,22 @@ class Life:
         if (seen == self._rules_taken or not settled) and not force:
             return
         self._rules_taken = seen
+        if self.working:  # a thousand rules take seconds to read; the loop goes on meanwhile
+            asyncio.get_running_loop().run_in_executor(None, self._read_rules)
+        else:
+            self._read_rules()
+
+    def _read_rules(self) -> None:
         parsed = config.load_rules(self.rules_dir)
         if parsed.faults:
             fault = _words(parsed.faults[0])
             self.inbox.post(model.RulesOffered((), {}, None, self.clock.monotonic(), fault))
             return
-        self.inbox.post(self._offer(parsed.rules, parsed.source))
+        try:
+            self.inbox.post(self._offer(parsed.rules, parsed.source))
+        except JournalError as error:  # no room for a new rule's number: read again when the next change is looked for
+            self._rules_taken = None
+            self.log.warning("rules.not_taken", why=error.message, hint=error.hint)
 
     def _offer(self, rules: tuple[Rule, ...], source: Any) -> model.RulesOffered:
         """Give rules and roots their numbers, which the journal knows for ever."""

@@ -8,6 +8,7 @@ records they belong to.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections import OrderedDict
@@ -43,6 +44,9 @@ class Providers:
         self._nudge = nudge
         self._made: dict[str, actions.Action] = {}
         self._lock = threading.Lock()
+        # The core asks for each batch; a look-up of what is installed costs milliseconds.
+        self._class = functools.cache(registry.find_action)
+        self.templates = functools.cache(self._templates)
         self.is_paused = False
         self.bandwidth: float | None = None
 
@@ -56,17 +60,17 @@ class Providers:
                     state_dir=str(directory), nudge=self._nudge, bandwidth=lambda: self.bandwidth,
                     paused=lambda: self.is_paused, settings=self._settings,
                 )  # fmt: skip
-                self._made[action] = registry.find_action(action)(context)
+                self._made[action] = self._class(action)(context)
             return self._made[action]
 
     def prepares(self, action: str) -> bool:
-        return bool(registry.find_action(action).PREPARES)
+        return bool(self._class(action).PREPARES)
 
-    def templates(self, action: str) -> frozenset[str]:
-        return frozenset(name for name, option in registry.find_action(action).OPTIONS.items() if option.template)
+    def _templates(self, action: str) -> frozenset[str]:
+        return frozenset(name for name, option in self._class(action).OPTIONS.items() if option.template)
 
     def extra_names(self, action: str) -> tuple[str, ...]:
-        return tuple(getattr(registry.find_action(action), "EXTRA_NAMES", ()))
+        return tuple(getattr(self._class(action), "EXTRA_NAMES", ()))
 
     def destination(self, action: str, options: Mapping[str, Any]) -> str:
         return self.get(action).destination(options)
@@ -125,6 +129,7 @@ class Executor:
         """A run's end is journaled: let go of all that is kept for it."""
         with self._lock:
             self._handles.pop(run, None)
+            self._again.discard(run)
             gone = [key for key in self._requests if key[0] == run]
             for key in gone:
                 del self._requests[key]
@@ -204,7 +209,6 @@ class Executor:
                 fail_point("executor.start")
                 handle = provider.start(request, prepared)
             fail_point("executor.started")
-            self._handles[run] = (attempt, handle)
             fact = model.Started(run, attempt, handle, self._clock.monotonic())
         except actions.Refused as refused:
             fact = model.NotStarted(run, attempt, refused.fault, self._clock.monotonic())
@@ -214,14 +218,19 @@ class Executor:
         except Exception as error:  # whatever it was, the provider may have taken it
             fact = model.StartUnknown(run, attempt, f"{type(error).__name__}: {error}", self._clock.monotonic())
         self._post(fact)
+        if isinstance(fact, model.Started):
+            with self._lock:
+                self._handles[run] = (attempt, fact.handle)
+                nudged = run in self._again
+                self._again.discard(run)
+            if nudged:  # it had news before its handle was known
+                self._poll_soon(run)
 
     def _poll_soon(self, run: int) -> None:
         with self._lock:
-            if run in self._polling:
-                self._again.add(run)
-                return
             known = self._handles.get(run)
-            if known is None:
+            if run in self._polling or known is None:
+                self._again.add(run)
                 return
             self._polling.add(run)
         attempt, handle = known
@@ -237,11 +246,11 @@ class Executor:
         except Exception as error:  # a failed poll never ends an attempt
             why = str(error) if isinstance(error, actions.Unknown) else f"{type(error).__name__}: {error}"
             fact = model.Polled(run, attempt, "unreachable", self._clock.monotonic(), why=why)
-        self._post(fact)
         with self._lock:
             self._polling.discard(run)
             again = run in self._again
             self._again.discard(run)
+        self._post(fact)
         if again:
             self._poll_soon(run)
 

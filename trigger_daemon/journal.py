@@ -634,8 +634,8 @@ class _Writer:
                 last_root, last_dir, dir_id, head = root, directory, 0, f"[{root},{quoted(directory)},"
             tail = f"{quoted(role)},{quoted(flag)}]" if role or flag else '"",""]'
             manifest.append(f"{head}{quoted(name)},{size},{mtime_ns},{tail}")
-            # A shared companion rides along with many batches; whoever needs it claims himself, not it.
-            if role == "shared":
+            # A companion rides along with whoever needs it, several perhaps; they claim themselves, not it.
+            if role:
                 continue
             dir_id = dir_id or self._dir(root, directory)
             version = mtime_ns if -(2**63) <= mtime_ns < 2**63 else to_number(mtime_ns)

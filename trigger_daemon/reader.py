@@ -471,7 +471,7 @@ def _manifest_faults(sql: sqlite3.Connection) -> list[str]:
         members = members_of(manifest)
         if len(members) != files:
             faults.append(f"the manifest of batch {batch} has {len(members)} members, its numbers say {files}")
-        missing = [member.path for member in members if member.role != "shared" and not _claimed(sql, rule, member)]
+        missing = [member.path for member in members if not member.role and not _claimed(sql, rule, member)]
         if missing:
             faults.append(f"batch {batch}: {len(missing)} members without a claim, the first is {missing[0]!r}")
         if len(faults) >= FAULTS_MAX:

@@ -81,9 +81,10 @@ def _table(found: Sequence[Mapping[str, Any]]) -> Any:
         ("waits for", "wide"),
     )  # fmt: skip
     for run in found:
+        waits = (run["error"] if run["state"] == RunState.HELD else None) or run["waiting_for"] or run["error"] or ""
         text.row(
             shown, run["id"], run["state"], run["rule"], text.group(run["group"]), f"{run['files']:,}",
-            text.size(run["bytes"]), text.age(now - run["changed_time"]), run["waiting_for"] or run["error"] or "",
+            text.size(run["bytes"]), text.age(now - run["changed_time"]), waits,
         )  # fmt: skip
     return shown
 

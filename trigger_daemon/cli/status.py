@@ -160,7 +160,7 @@ def _waiting(setup: Setup, running: bool, counts: Mapping[str, int]) -> list[dic
         {
             "run": run["id"], "rule": run["rule"], "group": run["group"], "state": run["state"],
             "waiting_for": live.get(str(run["id"]), {}).get("waiting_for") or run["waiting_for"],
-            "hint": run["hint"], "changed_time": run["changed_time"],
+            "error": run["error"], "hint": run["hint"], "changed_time": run["changed_time"],
         }
         for run in runs
     ]  # fmt: skip
@@ -284,7 +284,8 @@ def _waits(now: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield ""
     shown = text.table(("run", "right"), "rule", ("state", "word"), "group", ("waits for", "wide"))
     for run in now["waiting"]:
-        text.row(shown, run["run"], run["rule"], run["state"], text.group(run["group"]), run["waiting_for"])
+        waits = run["error"] if run["state"] == "HELD" and run["error"] else run["waiting_for"]
+        text.row(shown, run["run"], run["rule"], run["state"], text.group(run["group"]), waits)
         if run["hint"] and run["state"] != "PENDING":
             text.row(shown, "", "", "", "", f"hint: {run['hint']}")
     yield shown

@@ -22,7 +22,7 @@ from ruamel.yaml.reader import ReaderError
 from trigger_daemon.errors import ConfigFault
 
 FILE_BYTES_MAX = 1_000_000  # 1,000 rules of some length
-NODES_MAX = 1_000_000  # looked at in one file, aliases counted each time: 1,000 rules need about 200,000
+NODES_MAX = 300_000  # looked at in one file, aliases counted each time: 1,000 rules need about 60,000
 DEPTH_MAX = 30  # of nesting; rules have about 8
 BRACKETS_MAX = 200  # open at once, those in texts and comments included; beyond it the parser becomes slow
 FAULTS_MAX = 100  # reported of one file: more than anybody reads

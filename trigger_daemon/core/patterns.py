@@ -4,13 +4,15 @@ Pure. Grammar: `*` and `?` within a name, `**` across directories, `{name}`
 captures within a name (shortest match), `{name:REGEX}` captures what the regex
 matches (a `/` too, if it says so), `{{` and `}}` are braces; everything else is
 literal, `[` and `]` too. A capture written twice must match the same text.
+Templates are read in `templates.py`, and found here too.
+
 Paths are root-relative POSIX strings; names may hold newlines and surrogate
 escapes.
 
 Matching is the only work done for every file, so a directory is matched once
 and then only base names are (`DirMatcher`). Wildcards commit to the first place
-where what follows them fits, wherever that cannot lose a match: no name takes
-exponential or high polynomial time, whatever staff write.
+where what follows them fits, wherever that cannot lose a match, so that no
+number of them takes long on any name; regexes are judged in `regexes.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Literal, NamedTuple
 
-from trigger_daemon.core.regexes import RegexError, end_of, vet
+from trigger_daemon.core.regexes import PatternError, end_of, vet
 from trigger_daemon.core.rules import BUILT_IN_IGNORES, Rule
+from trigger_daemon.core.templates import literally, render, render_all, template_names, wants_number
 
 Case = Literal["exact", "fold"]
 
@@ -30,22 +33,12 @@ PATTERN_MAX = 1_000  # characters
 WILDCARDS_MAX = 32  # in one pattern; real ones have up to 8
 DIRECTORIES_MAX = 50_000  # matchers kept for directories seen last; about 100 bytes each where shapes are shared
 SHAPES_MAX = 1_000  # different sets of base-name patterns; rules times layouts
-COMPILED_MAX = 10_000  # patterns and templates kept compiled: 1,000 rules with some of each
+COMPILED_MAX = 10_000  # patterns kept compiled: 1,000 rules with some of each
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WILD = frozenset({"star", "plus", "var", "re", "dirs", "any"})
 _WITHIN = frozenset({"star", "plus", "var"})  # any text without "/"
 _NONE: tuple[int, ...] = ()
-
-
-class PatternError(ValueError):
-    """A pattern or template that cannot be used; `offset` counts from 0 in its text."""
-
-    def __init__(self, message: str, offset: int = 0, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.offset = offset
-        self.hint = hint
 
 
 class _Token(NamedTuple):
@@ -142,7 +135,7 @@ def _capture(text: str, at: int, tokens: list[_Token], regexes: dict[str, str]) 
     regex = text[end + 1 : stop]
     try:
         vetted = vet(regex)
-    except RegexError as error:
+    except PatternError as error:
         raise PatternError(error.message, end + 1 + error.offset, error.hint) from None
     if name not in regexes:
         regexes[name] = regex
@@ -786,78 +779,7 @@ def why_not(rule: Rule, path: str) -> tuple[Literal["unmatched", "ignored", "mat
     return "unmatched", best[1] + (f"; nor do {others} other patterns fit" if others else "")
 
 
-# ---------------------------------------------------------------------- templates
-
-
-@functools.lru_cache(maxsize=COMPILED_MAX)
-def _template(text: str) -> tuple[str | tuple[str, bool], ...]:
-    """Return the pieces of a template: literal text, or (name, whether a number is wanted)."""
-    pieces: list[str | tuple[str, bool]] = []
-    at = 0
-    while at < len(text):
-        if text.startswith(("{{", "}}"), at):
-            pieces.append(text[at])
-            at += 2
-        elif text[at] == "{":
-            found = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?:\|([^{}]*))?\}").match(text, at)
-            if found is None:
-                raise PatternError(
-                    "a { here begins the name of a capture", at, "write {{ and }} where braces are meant literally",
-                )
-            if found[2] is not None and (found[2] != "int" or found[0] != text):
-                raise PatternError(
-                    f"{found[0]} is not understood", at, f"a value that is only '{{{found[1]}|int}}' becomes a number",
-                )
-            pieces.append((found[1], found[2] is not None))
-            at = found.end()
-        elif text[at] == "}":
-            raise PatternError("there is a } without a {", at, "write {{ and }} where braces are meant literally")
-        else:
-            end = min((i for i in (text.find("{", at), text.find("}", at)) if i >= 0), default=len(text))
-            pieces.append(text[at:end])
-            at = end
-    return tuple(pieces)
-
-
-def template_names(text: str) -> tuple[str, ...]:
-    """Return the names a template uses, each once; raise PatternError if it is none."""
-    return tuple(dict.fromkeys(piece[0] for piece in _template(text) if not isinstance(piece, str)))
-
-
-def wants_number(text: str) -> bool:
-    """Say whether a template is only `{name|int}`."""
-    pieces = _template(text)
-    return len(pieces) == 1 and not isinstance(pieces[0], str) and pieces[0][1]
-
-
-def render(text: str, values: Mapping[str, str]) -> str | int:
-    """Fill a template; `{run|int}` alone gives a number.
-
-    Raises PatternError, KeyError for a name without a value, ValueError for
-    text that is no number.
-    """
-    if "{" not in text and "}" not in text:
-        return text
-    pieces = _template(text)
-    if wants_number(text):
-        value = values[pieces[0][0]]
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
-            raise ValueError(f"{value!r}, captured as {text}, is no whole number")
-        return int(value)
-    return "".join(piece if isinstance(piece, str) else values[piece[0]] for piece in pieces)
-
-
-def render_all(value: Any, values: Mapping[str, str]) -> Any:
-    """Fill every template in nested lists and mappings (their keys stay as they are)."""
-    if isinstance(value, str):
-        return render(value, values)
-    if isinstance(value, Mapping):
-        return {key: render_all(item, values) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [render_all(item, values) for item in value]
-    return value
-
-
-def literally(text: str) -> str:
-    """Return a template that renders to exactly this text."""
-    return text.replace("{", "{{").replace("}", "}}")
+__all__ = [
+    "DirMatcher", "Ignore", "Matcher", "Pattern", "PatternError", "captures_of", "compiled", "literally", "render",
+    "render_all", "template_names", "wants_number", "why_not", "with_slashes",
+]

@@ -35,10 +35,10 @@ _ALPHABET = "".join(map(chr, range(32, 127))) + "\n\té"
 _LOOSE_FROM = 10  # {1,9} inside a repetition stays cheap, {1,200} does not
 
 
-class RegexError(ValueError):
-    """A regex that is refused; `offset` counts from 0 in its text."""
+class PatternError(ValueError):
+    """A pattern, regex or template that cannot be used; `offset` counts from 0 in its text."""
 
-    def __init__(self, message: str, offset: int, hint: str) -> None:
+    def __init__(self, message: str, offset: int = 0, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.offset = offset
@@ -112,21 +112,21 @@ def end_of(text: str, start: int) -> int:
 
 @functools.lru_cache(maxsize=1_000)
 def vet(text: str) -> Vetted:
-    """Return the regex ready for use; raise RegexError for one that is refused."""
+    """Return the regex ready for use; raise PatternError for one that is refused."""
     if not text:
-        raise RegexError("the regular expression is empty", 0, "write {name} for any text within a name")
+        raise PatternError("the regular expression is empty", 0, "write {name} for any text within a name")
     if len(text) > REGEX_MAX:
-        raise RegexError(f"the regular expression has {len(text)} characters", 0, f"at most {REGEX_MAX} are allowed")
+        raise PatternError(f"the regular expression has {len(text)} characters", 0, f"at most {REGEX_MAX} are allowed")
     try:
         re.compile(text, re.DOTALL)
     except (re.error, OverflowError) as error:
         offset = getattr(error, "pos", None) or 0
-        raise RegexError(
+        raise PatternError(
             f"the regular expression {text!r} is not valid: {getattr(error, 'msg', error)}",
             offset, "see https://docs.python.org/3/library/re.html#regular-expression-syntax",
         ) from None
     except RecursionError:
-        raise RegexError("the regular expression is nested too deeply", 0, "write it with fewer groups") from None
+        raise PatternError("the regular expression is nested too deeply", 0, "write it with fewer groups") from None
     return _Reader().read(text)
 
 
@@ -167,7 +167,7 @@ class _Reader:
 
     def _escape(self, piece: str, offset: int) -> None:
         if piece[1] in "123456789":
-            raise RegexError(
+            raise PatternError(
                 f"{piece} refers to a group, which captures cannot do", offset,
                 "use the same {capture} twice in the pattern: both must match the same text",
             )
@@ -179,19 +179,19 @@ class _Reader:
         self._atom(piece)
 
     @staticmethod
-    def _anchor(piece: str, offset: int) -> RegexError:
-        return RegexError(
+    def _anchor(piece: str, offset: int) -> PatternError:
+        return PatternError(
             f"{piece} is not needed: a capture always matches from its first to its last character", offset,
             f"leave it out, or write \\{piece} for the character" if piece in "^$" else "leave it out",
         )
 
     def _open(self, piece: str, offset: int) -> None:
         if piece.startswith("(?P"):
-            raise RegexError("a group inside a capture cannot have a name", offset, "write (?:...)")
+            raise PatternError("a group inside a capture cannot have a name", offset, "write (?:...)")
         if piece.startswith("(?("):
-            raise RegexError("conditions are not understood in a capture", offset, "write the cases with |")
+            raise PatternError("conditions are not understood in a capture", offset, "write the cases with |")
         if piece.startswith("(?") and piece.endswith(")"):
-            raise RegexError(f"{piece} would change the whole pattern", offset, "set `case: fold` for any case")
+            raise PatternError(f"{piece} would change the whole pattern", offset, "set `case: fold` for any case")
         looks = piece in ("(?=", "(?!", "(?<=", "(?<!")
         self.looks |= looks
         self.stack.append(_Group(atomic=piece == "(?>", looks=looks))
@@ -211,7 +211,7 @@ class _Reader:
             return  # of one length, or never given back: nothing to try again
         many = high is None or high >= _LOOSE_FROM
         if many and item.group is not None and not item.group.atomic and _explodes(item.group):
-            raise RegexError(
+            raise PatternError(
                 "a repetition inside a repetition can take for ever on some names", offset,
                 "write it with one repetition, such as [a-z0-9_]+, or make the inner part (?>...)",
             )

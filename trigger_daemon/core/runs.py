@@ -472,6 +472,8 @@ class Runs:
         self._free_slot(run)
         self.alarms.clear(f"inactive:{run.id}", at)
         if run.state == RunState.ABANDONED:
+            words = f"its last attempt ended: {outcome}"
+            self.out.append(RunMoved(run.id, run.state, run.state, words, self.utc(at), final=True))
             self._drop(run)
 
     def _ended_badly(self, run: Run, fault: Fault, at: float) -> None:
