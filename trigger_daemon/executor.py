@@ -14,12 +14,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trigger_daemon import actions, probe, registry
 from trigger_daemon.clock import Clock
 from trigger_daemon.core import model
-from trigger_daemon.core.model import Fault, Scope, Verdict
+from trigger_daemon.core.model import Fault, Verdict
 from trigger_daemon.errors import JournalError
 from trigger_daemon.failpoints import fail_point
 from trigger_daemon.journal import Journal
@@ -189,42 +189,43 @@ class Executor:
         return self._providers.get(str(self._journal.request(run)["action"]))
 
     def _prepare(self, run: int, attempt: int) -> None:
-        fact: model.Fact
-        try:
-            prepared = self._provider(run).prepare(self._request(run, attempt))
-            fact = model.Prepared(run, attempt, prepared, self._clock.monotonic())
-        except actions.Refused as refused:
-            fact = model.NotStarted(run, attempt, refused.fault, self._clock.monotonic())
-        except Exception as error:  # a provider may raise anything, and nothing was asked yet
-            fault = Fault("transient", f"{type(error).__name__}: {error}")
-            fact = model.NotStarted(run, attempt, fault, self._clock.monotonic())
-        self._post(fact)
+        answer = _answer(lambda: self._provider(run).prepare(self._request(run, attempt)))
+        at = self._clock.monotonic()
+        match answer:
+            case actions.Refused(fault=fault):
+                self._post(model.NotStarted(run, attempt, fault, at))
+            case Exception():  # nothing was asked for yet
+                self._post(model.NotStarted(run, attempt, Fault("transient", _words(answer)), at))
+            case prepared:
+                self._post(model.Prepared(run, attempt, prepared, at))
 
     def _start(self, run: int, attempt: int, prepared: Any, *, find: bool) -> None:
-        fact: model.Fact
-        try:
-            provider, request = self._provider(run), self._request(run, attempt)
-            handle = provider.find(request, prepared) if find else None
-            if handle is None:
-                fail_point("executor.start")
-                handle = provider.start(request, prepared)
-            fail_point("executor.started")
-            fact = model.Started(run, attempt, handle, self._clock.monotonic())
-        except actions.Refused as refused:
-            fact = model.NotStarted(run, attempt, refused.fault, self._clock.monotonic())
-        except JournalError as error:  # the request itself cannot be read
-            fault = Fault("person", error.message, error.hint)
-            fact = model.NotStarted(run, attempt, fault, self._clock.monotonic())
-        except Exception as error:  # whatever it was, the provider may have taken it
-            fact = model.StartUnknown(run, attempt, f"{type(error).__name__}: {error}", self._clock.monotonic())
-        self._post(fact)
-        if isinstance(fact, model.Started):
-            with self._lock:
-                self._handles[run] = (attempt, fact.handle)
-                nudged = run in self._again
-                self._again.discard(run)
-            if nudged:  # it had news before its handle was known
-                self._poll_soon(run)
+        answer = _answer(lambda: self._find_or_start(run, attempt, prepared, find=find))
+        fail_point("executor.started")
+        at = self._clock.monotonic()
+        match answer:
+            case actions.Refused(fault=fault):
+                self._post(model.NotStarted(run, attempt, fault, at))
+            case JournalError():  # the request itself cannot be read
+                self._post(model.NotStarted(run, attempt, Fault("person", answer.message, answer.hint), at))
+            case Exception():  # whatever it was, the provider may have taken it
+                self._post(model.StartUnknown(run, attempt, _words(answer), at))
+            case handle:
+                self._post(model.Started(run, attempt, handle, at))
+                with self._lock:
+                    self._handles[run] = (attempt, handle)
+                    nudged = run in self._again
+                    self._again.discard(run)
+                if nudged:  # it had news before its handle was known
+                    self._poll_soon(run)
+
+    def _find_or_start(self, run: int, attempt: int, prepared: Any, *, find: bool) -> Any:
+        provider, request = self._provider(run), self._request(run, attempt)
+        handle = provider.find(request, prepared) if find else None
+        if handle is None:
+            fail_point("executor.start")
+            handle = provider.start(request, prepared)
+        return handle
 
     def _poll_soon(self, run: int) -> None:
         with self._lock:
@@ -237,15 +238,15 @@ class Executor:
         self._call(run, attempt, lambda: self._poll(run, attempt, handle))
 
     def _poll(self, run: int, attempt: int, handle: Any) -> None:
-        try:
-            seen = self._provider(run).poll(self._request(run, attempt), handle)
+        seen = _answer(lambda: self._provider(run).poll(self._request(run, attempt), handle))
+        at = self._clock.monotonic()
+        if isinstance(seen, Exception):  # a failed poll never ends an attempt
+            fact = model.Polled(run, attempt, "unreachable", at, why=_words(seen))
+        else:
             fact = model.Polled(
-                run, attempt, seen.status, self._clock.monotonic(), seen.why, seen.hint, seen.fault, seen.files_done,
-                seen.bytes_done, seen.output, seen.changed, seen.again_in_s,
+                run, attempt, seen.status, at, seen.why, seen.hint, seen.fault, seen.files_done, seen.bytes_done,
+                seen.output, seen.changed, seen.again_in_s,
             )  # fmt: skip
-        except Exception as error:  # a failed poll never ends an attempt
-            why = str(error) if isinstance(error, actions.Unknown) else f"{type(error).__name__}: {error}"
-            fact = model.Polled(run, attempt, "unreachable", self._clock.monotonic(), why=why)
         with self._lock:
             self._polling.discard(run)
             again = run in self._again
@@ -255,30 +256,25 @@ class Executor:
             self._poll_soon(run)
 
     def _cancel(self, run: int, attempt: int, handle: Any) -> None:
-        try:
-            self._provider(run).cancel(self._request(run, attempt), handle)
-        except Exception as error:  # a wish; the polls tell what became of it
-            fact = model.Polled(run, attempt, "unreachable", self._clock.monotonic(), why=f"cancel: {error}")
-            self._post(fact)
-            return
+        """A wish: the polls tell what became of it."""
+        answer = _answer(lambda: self._provider(run).cancel(self._request(run, attempt), handle))
+        if isinstance(answer, Exception):
+            at = self._clock.monotonic()
+            self._post(model.Polled(run, attempt, "unreachable", at, why=f"cancel: {_words(answer)}"))
         self._poll_soon(run)
 
     def _verify(self, run: int, attempt: int, handle: Any) -> None:
-        fact: model.Fact
-        try:
-            answer = self._provider(run).verify(self._request(run, attempt), handle)
-            at = self._clock.monotonic()
-            match answer:
-                case actions.Proof(members, changed):
-                    fact = model.Proved(run, attempt, members, at, changed)
-                case actions.Differs(which, changed):
-                    fact = model.Mismatch(run, attempt, which, at, changed)
-                case actions.Unproven(fault):
-                    fact = model.CannotVerify(run, attempt, fault, at)
-        except Exception as error:  # no proof was had; the core asks again
-            fault = Fault("transient", f"{type(error).__name__}: {error}", scope=Scope.BATCH)
-            fact = model.CannotVerify(run, attempt, fault, self._clock.monotonic())
-        self._post(fact)
+        answer = _answer(lambda: self._provider(run).verify(self._request(run, attempt), handle))
+        at = self._clock.monotonic()
+        match answer:
+            case actions.Proof(members, changed):
+                self._post(model.Proved(run, attempt, members, at, changed))
+            case actions.Differs(which, changed):
+                self._post(model.Mismatch(run, attempt, which, at, changed))
+            case actions.Unproven(fault):
+                self._post(model.CannotVerify(run, attempt, fault, at))
+            case Exception():  # no proof was had; the core asks again
+                self._post(model.CannotVerify(run, attempt, Fault("transient", _words(answer)), at))
 
     def _forget(self, run: int) -> None:
         try:
@@ -315,3 +311,18 @@ class Executor:
     def _checked(self, effect: model.Check, verdict: Verdict, why: str, needs: tuple[str, ...]) -> None:
         at = self._clock.monotonic()
         self._post(model.Checked(effect.rule, effect.root, effect.path, effect.state, verdict, why, at, needs))
+
+
+T = TypeVar("T")
+
+
+def _answer(ask: Callable[[], T]) -> T | Exception:
+    """Return what a provider answers, or what it raised: it may raise anything, and every end is an answer."""
+    try:
+        return ask()
+    except Exception as error:  # noqa: BLE001  a stranger's code; the callers tell what each means
+        return error
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, actions.Unknown) else f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from trigger_daemon.actions._copy_pace import Pace
@@ -20,7 +20,7 @@ from trigger_daemon.actions._copy_system import ALIGNMENT, O_DIRECT, O_NOATIME, 
 
 NAME_MAX = 255  # bytes of a name on every file system we know
 BLOCK = 8 * 1024 * 1024
-SMALL_READ = 1024 * 1024  # up to here a file is read in one call
+PIECE = 1024 * 1024  # read, hashed and written at once: it stays in the processor's cache
 DIGESTS = ("xxh3", "blake3", "sha256", "md5")
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 AWAY = frozenset({
@@ -181,21 +181,6 @@ class Source:
             raise Changed("was written again")
         return state
 
-    def read_whole(self, pace: Pace) -> bytes:
-        """Return a small file's content, read in one call; raise Changed if it was not the version throughout."""
-        pace.spend(self.size)
-        try:
-            data = os.read(self.fd, self.size + 1)
-        except OSError as fault:
-            raise at_source(fault, self.path) from fault
-        if len(data) != self.size:
-            self.check()
-            return b"".join(self.pieces(pace, bytearray(SMALL_READ)))
-        self.check()
-        if self.gives_back:
-            drop_cached(self.fd)
-        return data
-
     def fill(self, view: memoryview, offset: int, pace: Pace) -> None:
         """Read exactly `len(view)` bytes at `offset`, at the allowed rate."""
         got = 0
@@ -213,12 +198,12 @@ class Source:
         if self.gives_back:
             drop_cached(self.fd, offset, len(view))
 
-    def pieces(self, pace: Pace, buffer: bytearray) -> Any:
-        """Yield the content in views of `buffer`; the version is checked at the end."""
-        view = memoryview(buffer)
+    def pieces(self, pace: Pace) -> Iterator[memoryview]:
+        """Yield the content in views of this thread's buffer; the version is checked at the end."""
+        view = _thread_buffer()
         offset = 0
         while offset < self.size:
-            part = view[: min(len(buffer), self.size - offset)]
+            part = view[: min(len(view), self.size - offset)]
             self.fill(part, offset, pace)
             yield part
             offset += len(part)
@@ -240,11 +225,11 @@ def _open_quietly(path: bytes, flags: int) -> int:
 _space = threading.local()
 
 
-def _read_buffer() -> memoryview:
-    """Return this thread's aligned buffer."""
+def _thread_buffer() -> memoryview:
+    """Return this thread's aligned buffer: fresh memory for each file would cost more than reading it."""
     buffer: memoryview | None = getattr(_space, "buffer", None)
     if buffer is None:
-        buffer = _space.buffer = aligned_buffer(SMALL_READ)
+        buffer = _space.buffer = aligned_buffer(PIECE)
     return buffer
 
 
@@ -273,7 +258,7 @@ def read_back(path: bytes, make: Callable[[], Hash], pace: Pace, *, direct: bool
         if not stat.S_ISREG(state.st_mode):
             raise Differs("is not a regular file")
         drop_cached(fd)
-        buffer = _read_buffer()
+        buffer = _thread_buffer()
         offset = 0
         while offset < state.st_size:
             pace.check()

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trigger_daemon.actions._copy_files import (
-    SMALL_READ,
     Changed,
     Differs,
     Hash,
@@ -477,7 +476,7 @@ class Job:
         source = Source(file.source, file.size, file.mtime_ns)
         try:
             whole = self.make()
-            for piece in source.pieces(self.pace, bytearray(SMALL_READ)):
+            for piece in source.pieces(self.pace):
                 whole.update(piece)
         finally:
             source.close()
@@ -641,16 +640,10 @@ class Job:
         open_units: list[tuple[Unit, int]] = []
         try:
             whole = self.make()
-            if file.size <= SMALL_READ:
-                data = source.read_whole(self.pace)
-                whole.update(data)
-                open_units = self._open_temps(units, source.state)
-                open_units = self._write_piece(open_units, data)
-            else:
-                open_units = self._open_temps(units, source.state)
-                for piece in source.pieces(self.pace, bytearray(SMALL_READ)):
-                    whole.update(piece)
-                    open_units = self._write_piece(open_units, piece)
+            open_units = self._open_temps(units, source.state)
+            for piece in source.pieces(self.pace):
+                whole.update(piece)
+                open_units = self._write_piece(open_units, piece)
             digest = whole.hexdigest()
             self._close_temps(open_units, digest, source.state, group)
             open_units = []
@@ -672,7 +665,7 @@ class Job:
                 self.note_at(unit.dest, fault, "write", unit.target)
         return opened
 
-    def _write_piece(self, opened: list[tuple[Unit, int]], data: bytes | memoryview) -> list[tuple[Unit, int]]:
+    def _write_piece(self, opened: list[tuple[Unit, int]], data: memoryview) -> list[tuple[Unit, int]]:
         """Write to all that still work, and return those."""
         working = []
         for unit, fd in opened:
@@ -680,7 +673,7 @@ class Job:
                 fail_point("copy.write")
                 written = os.write(fd, data)
                 while written < len(data):
-                    written += os.write(fd, memoryview(data)[written:])
+                    written += os.write(fd, data[written:])
             except OSError as fault:
                 os.close(fd)
                 self._unlink([unit.temp])

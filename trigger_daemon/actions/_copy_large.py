@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from trigger_daemon.actions._copy_files import (
     BLOCK,
+    PIECE,
     Changed,
     Differs,
     Hash,
@@ -83,7 +84,8 @@ class Sink:
                 with contextlib.suppress(OSError):
                     os.unlink(part.temp)
             self.fd = job.open_temp(unit, source.state.st_mode)
-            reserve(self.fd, unit.file.size)
+            if not unit.dest.in_memory:  # there it would only be filled twice
+                reserve(self.fd, unit.file.size)
             job.store.begin_part(*key, unit.temp, version)
         if unit.dest.direct:
             with contextlib.suppress(OSError):
@@ -284,9 +286,13 @@ def _stream(job: Job, source: Source, sinks: list[Sink]) -> str:
             return ""
         offset = number * BLOCK
         view = buffers[number % BUFFERS][: min(BLOCK, size - offset)]
-        source.fill(view, offset, job.pace)
-        whole.update(view)
-        digest = block_hash_of(view)
+        block = block_hash()
+        for begin in range(0, len(view), PIECE):
+            piece = view[begin : begin + PIECE]
+            source.fill(piece, offset + begin, job.pace)
+            whole.update(piece)
+            block.update(piece)
+        digest = block.digest()
         futures = []
         for sink in sinks:
             sink.blocks.append(digest)

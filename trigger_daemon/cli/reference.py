@@ -1,4 +1,4 @@
-"""Write docs/reference/cli.md from the commands themselves: `python -m trigger_daemon.cli.reference > docs/reference/cli.md`.
+"""Print docs/reference/cli.md, made from the commands themselves: `python -m trigger_daemon.cli.reference`.
 
 A test compares the two, so that the reference cannot lag behind.
 """
