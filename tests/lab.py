@@ -27,16 +27,19 @@ def rule(name: str = "r", number: int = 1, **keys: Any) -> Rule:
     keys.setdefault("match", ("**/*.tif", "*.tif"))
     keys.setdefault("existing", "process")
     complete = keys.pop("complete", Complete())
-    return Rule(
-        name=name, id=number, watch="/data", action="fake", options={"to": "/out"}, complete=complete, **keys
-    )
+    keys.setdefault("watch", "/data")
+    keys.setdefault("options", {"to": "/out"})
+    return Rule(name=name, id=number, action="fake", complete=complete, **keys)
 
 
 class FakeProviders:
     """What the engine asks about actions."""
 
+    def __init__(self, prepares: bool = False) -> None:
+        self._prepares = prepares
+
     def prepares(self, action: str) -> bool:
-        return False
+        return self._prepares
 
     def templates(self, action: str) -> frozenset[str]:
         return frozenset({"to"})
@@ -101,6 +104,8 @@ class Ledger:
                 self.kept[record.key] = record.value
             case model.AlarmRaised():
                 self.alarms[record.key] = SavedAlarm(record.key, record.what, record.hint, record.time, None, None)
+            case model.ClaimsCarried():
+                pass
             case model.AlarmCleared():
                 self.alarms.pop(record.key, None)
 
@@ -129,8 +134,18 @@ class Ledger:
 class Lab:
     """One engine in its laboratory. `auto`: the provider takes, finishes and proves at once."""
 
-    def __init__(self, *rules: Rule, auto: bool = True, companion_roots: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, *rules: Rule, auto: bool = True, companion_roots: Mapping[str, int] | None = None, prepares: bool = False
+    ) -> None:
         self.rules = rules
+        self.prepares = prepares
+        self.utc = UTC  # what the wall clock says at monotonic 0
+        self.unreadable: set[tuple[int, str]] = set()  # paths (or "" for all of a root) whose lstat fails
+        self.looks_wait: list[model.Look] | None = None  # a list: looks gather in it instead of being answered
+        self.checks_wait: list[model.Check] | None = None
+        self.sweeps_fail = False
+        self.sweeps_wait = False
+        self.marks_lost = False
         self.roots = {"/data": ROOT, **(companion_roots or {})}
         self.auto = auto
         self.at = 1_000.0
@@ -151,8 +166,8 @@ class Lab:
     # ----------------------------------------------------------------- engine
 
     def _start(self) -> None:
-        self.engine = Engine(host="lab", providers=FakeProviders(), rand=lambda: 0.0)
-        self.engine.restore(self.ledger.saved({r.id: r.name for r in self.rules}), self.at, UTC + self.at)
+        self.engine = Engine(host="lab", providers=FakeProviders(self.prepares), rand=lambda: 0.0)
+        self.engine.restore(self.ledger.saved({r.id: r.name for r in self.rules}), self.at, self.utc + self.at)
         self.offer(*self.rules)
 
     def offer(self, *rules: Rule, applied: str = "") -> None:
@@ -178,14 +193,22 @@ class Lab:
     def _carry(self, effect: model.Effect) -> None:
         match effect:
             case model.Look():
-                if not self.away:
+                if self.looks_wait is not None:
+                    self.looks_wait.append(effect)
+                elif not self.away:
                     self.look(effect.root, effect.dir, effect.names, "deadline")
+                else:
+                    self.step(model.Unreadable(effect.root, effect.dir, effect.names, "root lost", self.at))
             case model.Sweep():
                 self._last_sweep = max(self._last_sweep, effect.ask)
-                if not self.away:
-                    self.sweep()
+                if not self.away and not self.sweeps_wait:
+                    self.sweep(not self.sweeps_fail)
+            case model.Mark() if self.marks_lost:
+                pass
             case model.Mark():
                 self.step(model.Marked(effect.root, max(self.ledger.batches, default=0), self.at))
+            case model.Check() if self.checks_wait is not None:
+                self.checks_wait.append(effect)
             case model.Check():
                 verdict, why = self.verdicts.get(effect.path, (model.Verdict.COMPLETE, "whole"))
                 self.step(
@@ -250,6 +273,12 @@ class Lab:
              signal: model.Signal = "none") -> None:
         joined = cause != "hint" or signal != "none"
         rows = []
+        unread = tuple(n for n in names if {(root, model.join(directory, n)), (root, "")} & self.unreadable)
+        if unread:
+            self.step(model.Unreadable(root, directory, unread, "Permission denied", self.at))
+            names = tuple(n for n in names if n not in unread)
+            if not names:
+                return
         for name in names:
             path = model.join(directory, name)
             state = self.disk.get((root, path))
@@ -262,9 +291,11 @@ class Lab:
         as_of = max(self.ledger.batches, default=0) if joined else -1
         self.step(model.Seen(root, directory, rows, began, self.at, cause, signal, as_of))
 
-    def sweep(self, ok: bool = True) -> None:
-        """A full sweep, at this instant."""
-        began, asked = self.at, self._last_sweep
+    def sweep(self, ok: bool = True, *, asked: int | None = None) -> None:
+        """A full sweep, at this instant; it answers what was asked before (once, as the scanner does)."""
+        began = self.at
+        if asked is None:
+            asked, self._last_sweep = self._last_sweep, 0
         by_dir: dict[tuple[int, str], list[model.Row]] = {}
         for (root, path), state in sorted(self.disk.items()):
             if root != ROOT:
@@ -287,14 +318,27 @@ class Lab:
             if deadline is None or deadline > at:
                 break
             self.at = max(self.at, deadline)
-            self.step(model.Tick(self.at, UTC + self.at))
+            self.step(model.Tick(self.at, self.utc + self.at))
         else:
             raise AssertionError("the engine asks for ticks without end")
         self.at = max(self.at, at)
-        self.step(model.Tick(self.at, UTC + self.at))
+        self.step(model.Tick(self.at, self.utc + self.at))
 
     def run_for(self, seconds: float) -> None:
         self.run_until(self.at + seconds)
+
+    def answer_looks(self) -> None:
+        """Let the looks that wait be answered, and those to come at once."""
+        looks, self.looks_wait = self.looks_wait or [], None
+        for look in looks:
+            self._carry(look)
+
+    def answer_check(self, path: str, verdict: model.Verdict = model.Verdict.COMPLETE, why: str = "whole", **keys: Any) -> None:
+        """Answer a check that waits."""
+        check = next(c for c in self.checks_wait or [] if c.path == path)
+        assert self.checks_wait is not None
+        self.checks_wait.remove(check)
+        self.step(model.Checked(check.rule, check.root, check.path, check.state, verdict, why, self.at, **keys))
 
     def order(self, verb: str, **args: Any) -> Mapping[str, Any]:
         effects = self.step(model.Order(next(self._counter), verb, args, "operator", "", self.at))

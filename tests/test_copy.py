@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import xxhash
 
+from fuse_share import Share
 from trigger_daemon import failpoints
 from trigger_daemon.actions import Action as Provider
 from trigger_daemon.actions import Context, Differs, File, Progress, Proof, Refused, Request
@@ -534,14 +535,16 @@ def test_an_unmounted_destination_is_not_filled_below_its_mount_point(lab: Lab, 
     lab.write("b", b"2")
     assert lab.copy("a", to=str(tiny_disk)).status == "succeeded"
     subprocess.run(["umount", str(tiny_disk)], check=True)
-    lab.restart()
-    progress = lab.copy("b", to=str(tiny_disk))
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tiny_disk)], check=True)
+    for _ in ("a lane that knew the mount", "a new one"):
+        progress = lab.copy("b", to=str(tiny_disk))
+        assert progress.fault is not None
+        assert (progress.fault.kind, progress.fault.scope) == ("transient", Scope.DESTINATION)
+        assert "not mounted" in progress.fault.why
+        assert lab.there(tiny_disk) == {}
+        lab.restart()
 
-    assert progress.fault is not None
-    assert (progress.fault.kind, progress.fault.scope) == ("transient", Scope.DESTINATION)
-    assert "not mounted" in progress.fault.why
-    assert lab.there(tiny_disk) == {}
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tiny_disk)], check=True)
+    assert lab.copy("b", to=str(tiny_disk)).status == "succeeded"
 
 
 # ------------------------------------------------------------- crash and repetition
@@ -574,13 +577,13 @@ class Observer(threading.Thread):
 class Crash:
     """One attempt in a daemon of its own, killed and repeated."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, **more: Any) -> None:
         self.lab = Lab(base)
         self.content = {f"d/s{i}": noise(3000 + i, i) for i in range(40)}
         self.content |= {"l1": noise(20 * MIB + 77, 1), "l2": noise(9 * MIB, 2)}
         for name, data in self.content.items():
             self.lab.write(name, data)
-        options: dict[str, Any] = {"to": [str(self.lab.archive)], "sums": "SHA256SUMS", "digest": "sha256"}
+        options: dict[str, Any] = {"to": [str(self.lab.archive)], "sums": "SHA256SUMS", "digest": "sha256", **more}
         request = self.lab.request(*self.content, **options)
         self.told = json.dumps({
             "state": str(self.lab.state), "run": 1, "attempt": 1, "options": options, "settings": SMALL,
@@ -647,6 +650,22 @@ def test_killed_at_each_step_and_repeated_it_ends_the_same(tmp_path: Path, point
     observer.join()
 
     assert observer.wrong == []
+
+
+def test_lanes_end_with_their_daemon(tmp_path: Path) -> None:
+    """A daemon that is killed takes its workers along, in the middle of work that would go on for a minute."""
+    crash = Crash(tmp_path, bandwidth=500_000)
+    daemon = crash.daemon()
+    ends = time.monotonic() + PATIENCE_S
+    while not (lanes := children(daemon.pid)) or not crash.lab.there():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    daemon.send_signal(signal.SIGKILL)
+    daemon.wait()
+    ends = time.monotonic() + 5.0
+    while not all(map(is_gone, lanes)):
+        assert time.monotonic() < ends, "a lane outlived its daemon"
+        time.sleep(0.01)
 
 
 def test_every_fail_point_is_exercised() -> None:
@@ -856,6 +875,38 @@ def test_a_lane_that_hangs_is_killed_and_the_next_attempt_succeeds(lab: Lab, mon
     assert lab.run(lab.request("a", run=request.run, attempt=2)).status == "succeeded"
 
     assert lab.there() == {"a": b"1"}
+
+
+@pytest.mark.serial
+@needs_root
+def test_an_attempt_has_not_ended_while_its_worker_hangs_in_the_kernel(lab: Lab) -> None:
+    """A share that does not answer: not even SIGKILL ends the worker, so nothing new is started there until it does."""
+    point = lab.base / "share"
+    point.mkdir()
+    lab.settings["deadline_s"] = 3.0
+    lab.write("a", b"1")
+    assert lab.copy("a").status == "succeeded"
+    try:
+        share = Share(point, {})
+    except OSError as fault:
+        pytest.skip(f"no FUSE here: {fault}")
+    try:
+        share.mood = "hang"
+        request = lab.request("a", to=str(point))
+        handle = lab.action.start(request, None)
+        progress = lab.wait(request, handle, lambda progress: progress.status == "inactive")
+        assert str(point) in progress.why
+        with pytest.raises(Refused) as refused:
+            lab.action.start(lab.request("a", to=str(point)), None)
+        assert refused.value.fault.scope is Scope.DESTINATION and not refused.value.fault.counts
+        lab.write("b", b"2")
+        assert lab.copy("b").status == "succeeded"  # elsewhere, work goes on
+
+        share.release()
+        progress = lab.wait(request, handle)
+        assert progress.status == "failed" and progress.fault is not None and progress.fault.kind == "transient"
+    finally:
+        share.close()
 
 
 def test_lanes_are_humble(lab: Lab) -> None:

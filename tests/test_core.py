@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.lab import ROOT, Lab, rule
+from tests.lab import ROOT, UTC, Lab, rule
 from trigger_daemon.core import lifecycle, model
 from trigger_daemon.core.lifecycle import Event
 from trigger_daemon.core.model import Fault, RunState, Scope, Verdict
@@ -251,10 +253,38 @@ def test_missing_companion_blocks_or_lets_go_after_its_wait(missing):
     lab.write("a.tif")
     lab.run_for(590)
     assert lab.batches() == []
+    until = lab.explain("a.tif")[0]["until_time"]
+    assert until is not None and until - UTC == 1_000 + 30 + 600  # its quiet period, and then the wait
     lab.run_for(60)
 
     assert lab.batches() == ([("a.tif",)] if missing == "go" else [])
     assert lab.explain("a.tif")[0]["stage"] == ("" if missing == "go" else "blocked")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_verdicts_of_a_file_and_its_companion_count_in_any_order(order):
+    """Checks run beside each other: whoever answers last, the file goes on."""
+
+    class Late(Lab):
+        checks: list[model.Check] = []
+
+        def _carry(self, effect):
+            if isinstance(effect, model.Check):
+                self.checks = [*self.checks, effect]
+            else:
+                super()._carry(effect)
+
+    spec = With("{stem}.xml", "/data", checks=(("xml", {}),))
+    lab = Late(rule(match=("{stem}.tif",), complete=Complete(checks=(("tiff", {}),), companions=(spec,))))
+    lab.write("a.xml", heard=False)
+    lab.write("a.tif")
+    lab.run_for(31)
+    assert {check.path for check in lab.checks} == {"a.tif", "a.xml"}
+    for check in lab.checks[::order]:
+        lab.step(model.Checked(check.rule, check.root, check.path, check.state, Verdict.COMPLETE, "whole", lab.at))
+    lab.run_for(1)
+
+    assert [set(paths) for paths in lab.batches()] == [{"a.tif", "a.xml"}]
 
 
 def test_existing_files_are_left_out_where_the_rule_says_so_and_new_ones_are_not():
@@ -733,3 +763,11 @@ def test_explain_gives_the_stage_and_the_time():
     assert lab.explain("a.tif")[0]["until_time"] == pytest.approx(1_800_000_000.0 + lab.at + 30)
     assert lab.explain("a.txt")[0]["stage"] == "unmatched"
     assert lab.explain("x_test_1.tif")[0]["stage"] == "ignored"
+
+
+def test_the_diagram_in_the_documentation_is_the_table():
+    """What people read is what the code asks."""
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "states.md").read_text()
+
+    assert lifecycle.diagram() in page
+    assert all(f"| `{state}` |" in page for state in RunState)

@@ -35,6 +35,7 @@ from trigger_daemon.core.model import (
     BaselineSet,
     BatchClosed,
     Claimed,
+    ClaimsCarried,
     Effect,
     Forgotten,
     GroupForgotten,
@@ -1057,3 +1058,24 @@ def test_whatever_the_moment_of_death_the_journal_is_a_prefix_of_its_commits(dat
             revived.append(records)
         revived.close()
         reference.close()
+
+
+def test_carried_claims_hold_below_the_new_root(journal: Journal) -> None:
+    """What a rule claimed below its old root, also as a marker, is claimed below the new one; of no other rule."""
+    rules = journal.rule_ids(["a", "b"])
+    old, new = journal.root_id("/old"), journal.root_id("/new")
+    rows = [("x.tif", 3, 10**20)]  # an mtime beyond 64 bits is carried as it is
+    journal.append([
+        Claimed(rules["a"], old, "d/e", rows, 0, 5.0),
+        Claimed(-rules["a"], old, "d", [("marker", 1, 2)], -2, 5.0),
+        Claimed(rules["b"], old, "other", rows, 0, 5.0),
+        ClaimsCarried(rules["a"], old, new),
+        ClaimsCarried(rules["a"], old, new),
+    ])  # fmt: skip
+    reader = ClaimReader(journal.path)
+
+    assert reader.directory(new, "d/e")[1] == reader.directory(old, "d/e")[1] != {}
+    assert reader.directory(new, "d")[1] == reader.directory(old, "d")[1] != {}
+    assert reader.directory(new, "other")[1] == {}
+    assert sorted(reader.directories(new)) == ["d", "d/e"]
+    reader.close()

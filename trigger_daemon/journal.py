@@ -30,6 +30,7 @@ from trigger_daemon.core.model import (
     BaselineSet,
     BatchClosed,
     Claimed,
+    ClaimsCarried,
     Effect,
     Forgotten,
     GroupForgotten,
@@ -746,6 +747,8 @@ class _Writer:
                 )
             case Forgotten():
                 self._forgotten(record)
+            case ClaimsCarried(rule, from_root, to_root):
+                self._carry_claims(rule, from_root, to_root)
             case BaselineSet(rule, root, at):
                 self.one("INSERT OR REPLACE INTO baseline (rule, root, time) VALUES (?, ?, ?)", rule, root, at)
             case GroupSet(rule, group, kind, batch, at):
@@ -785,6 +788,21 @@ class _Writer:
                 )  # fmt: skip
             case _:
                 raise TypeError(f"{type(record).__name__} is not a record of the journal")
+
+    def _carry_claims(self, rule: int, from_root: int, to_root: int) -> None:
+        """Claim below one root what a rule (also as its markers) claimed below another; the old claims stay."""
+        self.one(
+            "INSERT OR IGNORE INTO dir (root, path) SELECT ?1, path FROM dir WHERE root = ?2"
+            " AND EXISTS (SELECT 1 FROM claim WHERE claim.dir = dir.id AND claim.rule IN (?3, -?3))",
+            to_root, from_root, rule,
+        )  # fmt: skip
+        self.one(
+            "INSERT OR IGNORE INTO claim (dir, name, rule, size, mtime_ns, batch, time)"
+            " SELECT new.id, claim.name, claim.rule, claim.size, claim.mtime_ns, claim.batch, claim.time"
+            " FROM dir AS old JOIN dir AS new ON new.root = ?1 AND new.path = old.path"
+            " JOIN claim ON claim.dir = old.id AND claim.rule IN (?3, -?3) WHERE old.root = ?2",
+            to_root, from_root, rule,
+        )  # fmt: skip
 
     def _run_moved(self, record: RunMoved) -> None:
         before, after = str(record.from_state), str(record.to_state)

@@ -11,7 +11,6 @@ the other way round.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import stat
@@ -22,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from trigger_daemon.actions._copy_destination import Destination, Homes
 from trigger_daemon.actions._copy_files import (
     Changed,
     Differs,
@@ -39,8 +39,9 @@ from trigger_daemon.actions._copy_files import (
 )
 from trigger_daemon.actions._copy_pace import Cancelled, Pace
 from trigger_daemon.actions._copy_store import Proven, Store, inode_key
+from trigger_daemon.actions._copy_sums import merge_sums
 from trigger_daemon.actions._copy_system import (
-    SYNCFS_TYPES,
+    MountWatch,
     RangeLocks,
     fsync_directory,
     fsync_path,
@@ -48,7 +49,6 @@ from trigger_daemon.actions._copy_system import (
     syncfs,
 )
 from trigger_daemon.failpoints import fail_point
-from trigger_daemon.mounts import mount_of
 
 LARGE = 64 * 1024 * 1024  # above: by itself, in segments; up to here: in groups
 GROUP_FILES = 1000  # one sync a group; more would hold finished files back for longer
@@ -59,9 +59,9 @@ READERS = 8  # threads that read back
 TROUBLES_MAX = 100  # files that may fail before the attempt is given up
 DIRECTORIES_MAX = 10_000  # whose leftovers a worker remembers to have looked for
 OWN_WAIT_S = 5.0  # for an earlier worker of the same run to be gone
-LOCK_HOMES = (1 << 62) - 1  # numbers above those of runs
 LOCK_SUMS = 1 << 62
 MODE_MIN = 0o600
+NO_VERSION = "0" * 8  # in the temporary name of a list of digests
 
 
 @dataclass(slots=True)
@@ -72,20 +72,6 @@ class File:
     size: int
     mtime_ns: int
     source: bytes
-
-
-@dataclass(slots=True)
-class Destination:
-    """One `to`. `trouble` once something is wrong with all of it: it is then left alone."""
-
-    index: int
-    path: bytes
-    static: bytes  # must exist; only what is below is ever created
-    trouble: Trouble | None = None
-    whole_sync: bool = False
-    in_memory: bool = False
-    sync_fd: int = -1
-    direct: bool = True
 
 
 @dataclass(slots=True)
@@ -121,7 +107,8 @@ class Memory:
     def __init__(self) -> None:
         self.generation = -1
         self.kept: OrderedDict[bytes, dict[bytes, list[bytes]]] = OrderedDict()  # directory -> file tag -> leftovers
-        self.homes: dict[bytes, tuple[int, str]] = {}  # static path -> device, type of its file system
+        self.homes: Homes = {}
+        self.mounts = MountWatch()
         self.readers = ThreadPoolExecutor(READERS, "read-back")
         self.finisher = ThreadPoolExecutor(1, "finish")
 
@@ -129,6 +116,7 @@ class Memory:
         if generation != self.generation:
             self.generation = generation
             self.kept.clear()
+        if self.mounts.has_changed() or len(self.homes) > DIRECTORIES_MAX:
             self.homes.clear()
 
 
@@ -237,7 +225,8 @@ class Job:
 
     def _work(self) -> None:
         for dest in self.dests:
-            self._open(dest)
+            self.pace.doing = f"looking at {printable(dest.static)}"
+            dest.open(self.memory.homes, self.locks, self.state_dir)
         if all(dest.trouble for dest in self.dests):
             return
         self.proven = self.store.proofs(self.run_id)
@@ -314,92 +303,16 @@ class Job:
 
     # --------------------------------------------------------------- destinations
 
-    def _open(self, dest: Destination) -> None:
-        """Look whether a destination is there, and on the mount it was always on."""
-        self.pace.doing = f"looking at {printable(dest.static)}"
-        try:
-            dest.sync_fd = os.open(dest.static, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            device = os.fstat(dest.sync_fd).st_dev
-            home = self.memory.homes.get(dest.static)
-            if home is None or home[0] != device:
-                home = (device, self._check_home(dest))
-                self.memory.homes[dest.static] = home
-            dest.whole_sync = home[1] in SYNCFS_TYPES
-            dest.in_memory = home[1] in ("tmpfs", "ramfs")
-            dest.direct = not dest.in_memory
-        except FileNotFoundError:
-            dest.trouble = Trouble("transient", "destination", f"{printable(dest.static)} is not there",
-                                   "mount it, or create the directory; the copy goes on by itself", counts=False)
-        except Trouble as trouble:
-            dest.trouble = trouble
-        except OSError as fault:
-            dest.trouble = at_destination(fault, "open", dest.static)
-
-    def _check_home(self, dest: Destination) -> str:
-        """Return the file system's type; raise Trouble when the mount that was here is missing.
-
-        An empty mount point looks like an empty destination, and would fill the
-        wrong disk. So the mount of each destination is remembered.
-        """
-        mount = mount_of(os.path.realpath(dest.static))
-        if mount is None:
-            return ""
-        book = os.path.join(self.state_dir, "destinations.json")
-        self.locks.take(LOCK_HOMES, wait=True)
-        try:
-            homes: dict[str, str] = {}
-            with contextlib.suppress(FileNotFoundError, ValueError), open(book, encoding="utf-8") as written:
-                homes = json.load(written)
-            name = os.fsdecode(dest.static)
-            before = homes.get(name, "")
-            if len(before) > len(mount.mountpoint) and before.startswith(mount.mountpoint):
-                raise Trouble("transient", "destination",
-                              f"{before} is not mounted, and {printable(dest.static)} was on it",
-                              f"mount it; if it was moved on purpose, take its line out of {book}", counts=False)
-            if before != mount.mountpoint:
-                homes[name] = mount.mountpoint
-                with open(book + ".new", "w", encoding="utf-8") as new:
-                    json.dump(homes, new, indent=1)
-                    new.flush()
-                    os.fsync(new.fileno())
-                os.rename(book + ".new", book)
-        finally:
-            self.locks.give(LOCK_HOMES)
-        return mount.fstype
-
     def target(self, file: File, dest: Destination) -> bytes:
         path = os.fsencode(file.path)
         return dest.path + b"/" + (path.rpartition(b"/")[2] if self.flat else path)
-
-    def _make_directory(self, dest: Destination, directory: bytes) -> None:
-        """Create a target's directory below the static part of its destination; raise Trouble, OSError."""
-        missing = []
-        here = directory
-        while True:
-            if len(here) <= len(dest.static):
-                if os.path.isdir(dest.static):
-                    break
-                raise FileNotFoundError(2, "the destination is gone", os.fsdecode(dest.static))
-            try:
-                os.mkdir(here)
-            except FileExistsError:
-                break
-            except FileNotFoundError:
-                missing.append(here)
-                here = here.rpartition(b"/")[0]
-            else:
-                self.fresh.add(here.rpartition(b"/")[0])
-                break
-        for here in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(here)
-            self.fresh.add(here.rpartition(b"/")[0])
 
     # ------------------------------------------------------------ what stands there
 
     def _wanted(self, file: File, group: Group) -> list[Unit]:
         """Return where a file still has to be written; note what is done, and what stands in the way."""
         wanted = []
+        self.pace.check()
         for dest in self.dests:
             if dest.trouble or (file.index, dest.index) in self.hexes:
                 continue
@@ -515,6 +428,7 @@ class Job:
         """Prove what stands there now: untouched since it was read back, or by reading both sides."""
         changed = self.store.changed(self.run_id)
         for file in self.files:
+            self.pace.check()
             if file.index in changed:
                 continue
             for dest in self.dests:
@@ -628,7 +542,7 @@ class Job:
             except FileExistsError:
                 os.unlink(unit.temp)  # of this very attempt, cut short
             except FileNotFoundError:
-                self._make_directory(unit.dest, unit.temp.rpartition(b"/")[0])
+                self.fresh |= unit.dest.make_directory(unit.temp.rpartition(b"/")[0])
         return os.open(unit.temp, flags, mode)
 
     def _write_small(self, file: File, units: Sequence[Unit], group: Group) -> None:
@@ -730,13 +644,17 @@ class Job:
             if dest.whole_sync and len(units) >= SYNC_EACH:
                 syncfs(dest.sync_fd)
             elif len(units) > 3:
-                list(self.memory.readers.map(fsync_path, [unit.temp for unit in units]))
+                list(self.memory.readers.map(self._sync_one, units))
             else:
                 for unit in units:
-                    fsync_path(unit.temp)
+                    self._sync_one(unit)
         except OSError as fault:
             for unit in units:
                 self.again(unit, at_destination(fault, "sync", unit.target))
+
+    def _sync_one(self, unit: Unit) -> None:
+        fsync_path(unit.temp)
+        self.pace.step()
 
     def again(self, unit: Unit, trouble: Trouble) -> None:
         """Throw away what was written; write it anew once, then the destination is in trouble."""
@@ -829,43 +747,12 @@ class Job:
             lock = LOCK_SUMS + int.from_bytes(file_tag(directory), "big")
             self.locks.take(lock, wait=True)
             try:
-                self._merge_sums(directory, new)
+                target = directory + b"/" + self.sums
+                merge_sums(target, temp_name(target, self.owner, NO_VERSION, self.run_id, self.attempt), new)
             except OSError as fault:
                 self.note_at(dest, fault, "write", directory + b"/" + self.sums)
             finally:
                 self.locks.give(lock)
-
-    def _merge_sums(self, directory: bytes, new: Mapping[bytes, str]) -> None:
-        target = directory + b"/" + self.sums
-        before: list[bytes] = []
-        with contextlib.suppress(FileNotFoundError), open(target, "rb") as old:
-            before = old.read().split(b"\n")
-        entries = {sums_line(name, digest) for name, digest in new.items()}
-        names = {line.partition(b"  ")[2] for line in entries}
-        after = [line for line in before if line and line.partition(b"  ")[2] not in names] + sorted(
-            entries, key=lambda line: line.partition(b"  ")[2]
-        )
-        if after == before[:-1]:
-            return
-        temp = temp_name(target, self.owner, "0" * 8, self.run_id, self.attempt)
-        try:
-            with open(temp, "wb") as out:
-                out.write(b"".join(line + b"\n" for line in after))
-                out.flush()
-                os.fsync(out.fileno())
-            fail_point("copy.sums")
-            os.rename(temp, target)
-        except OSError:
-            self._unlink([temp])
-            raise
-        fsync_directory(directory)
-
-
-def sums_line(name: bytes, digest: str) -> bytes:
-    """Return a line as `sha256sum` writes it: a name with a backslash or line break is escaped and marked."""
-    escaped = name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
-    return (b"\\" if escaped != name else b"") + digest.encode() + b"  " + escaped
-
 
 def reads_differently(unit: Unit) -> Trouble:
     return Trouble("person", "destination",

@@ -61,6 +61,7 @@ class Sink:
         self.segment_blocks = job.segment_bytes // BLOCK
         self.writer = ThreadPoolExecutor(1, "write")
         self.checker = ThreadPoolExecutor(1, "read-back")
+        self.broken: OSError | None = None
         self.pending: deque[Future[Any]] = deque()
         try:
             self.proven_blocks = self._open(source)
@@ -103,6 +104,16 @@ class Sink:
         return self.writer.submit(self._write, view, offset)
 
     def _write(self, view: memoryview, offset: int) -> None:
+        """Write a block, unless an earlier one failed: that error is the one to tell."""
+        if self.broken:
+            raise self.broken
+        try:
+            self._write_block(view, offset)
+        except OSError as fault:
+            self.broken = fault
+            raise
+
+    def _write_block(self, view: memoryview, offset: int) -> None:
         """Write a block; its unaligned end (the file's last) through the page cache."""
         self.job.pace.doing = "writing " + printable(self.unit.target)
         fail_point("copy.large_write")
@@ -129,6 +140,8 @@ class Sink:
         self.pending.append(self.writer.submit(self._end_segment, number, first, count))
 
     def _end_segment(self, number: int, first: int, count: int) -> None:
+        if self.broken:
+            raise self.broken  # reading back would only find what was never written
         self.job.pace.doing = "syncing " + printable(self.unit.target)
         fail_point("copy.large_sync")
         os.fdatasync(self.fd)

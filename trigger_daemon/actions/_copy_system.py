@@ -15,6 +15,7 @@ import mmap
 import os
 import platform
 import resource
+import select
 import signal
 
 ALIGNMENT = 4096  # of O_DIRECT offsets, lengths and buffers; every disk of today takes it
@@ -131,6 +132,20 @@ def set_direct(fd: int, *, on: bool) -> None:
     """Switch O_DIRECT of an open file; raise OSError where it is refused."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags | O_DIRECT if on else flags & ~O_DIRECT)
+
+
+class MountWatch:
+    """Tells whether anything was mounted or unmounted since it was last asked."""
+
+    def __init__(self) -> None:
+        self._poll: select.poll | None = None
+        with contextlib.suppress(OSError, AttributeError):
+            fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+            self._poll = select.poll()
+            self._poll.register(fd, select.POLLPRI)
+
+    def has_changed(self) -> bool:
+        return self._poll is None or bool(self._poll.poll(0))
 
 
 class RangeLocks:

@@ -31,6 +31,7 @@ SEGMENT_BYTES = 256 * 1024 * 1024
 ENDED_MAX = 10_000  # ended attempts remembered; an older one is asked of the disk again
 THIN_EVERY = 10_000  # attempts between two looks at the size of the store
 
+TELLING = 3  # a shorter captured value may stand in a path by chance
 _DATE = re.compile(r"\d{4}-?\d{2}-?\d{2}")
 _LIBRARIES = {"xxh3": "xxhash", "blake3": "blake3"}
 
@@ -86,10 +87,10 @@ class Action:
             raise OptionFault("digest", f"needs the library {library}", f"install {library}, or choose sha256")
 
     def destination(self, options: Mapping[str, Any]) -> str:
-        return " + ".join(_static(path, ()) for path in _paths(options))
+        return " + ".join(_static(path, {}) for path in _paths(options))
 
     def writes(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(_static(path, ()) for path in _paths(options))
+        return tuple(_static(path, {}) for path in _paths(options))
 
     # -------------------------------------------------------------------- attempts
 
@@ -183,13 +184,14 @@ class Action:
     def _submit(self, request: Request, do: str) -> Work:
         """Make the order and queue it; the lock is held."""
         pool = self._pool()
-        destination = self.destination(request.options)
+        order = self._order(request, do)
+        destination = " + ".join(static for _, static in order["to"])
         hung = pool.hangs(destination)
         if hung:
             raise Refused(Fault("transient", f"{destination} does not answer: {hung}",
                                 "is its server well? the copy goes on when the hung call has ended",
                                 Scope.DESTINATION, counts=False))  # fmt: skip
-        work = Work(self._order(request, do), destination)
+        work = Work(order, destination)
         if do != "prove":
             self._work[request.run, request.attempt] = work
         self._forget_ended()
@@ -198,7 +200,7 @@ class Action:
 
     def _order(self, request: Request, do: str) -> dict[str, Any]:
         options = request.options
-        values = (*request.captures.values(), *request.group.values())
+        values = {**request.group, **request.captures, "rule": request.rule}
         to = [(os.path.normpath(path), _static(os.path.normpath(path), values)) for path in _paths(options)]
         _refuse_impossible(request, [path for path, _ in to])
         settings = self._context.settings
@@ -302,19 +304,27 @@ def _paths(options: Mapping[str, Any]) -> list[str]:
     return [to] if isinstance(to, str) else list(to)
 
 
-def _static(path: str, values: tuple[str, ...]) -> str:
+def _static(path: str, values: Mapping[str, str]) -> str:
     """Return the part of a `to` that must exist: up to the first component that a template made.
 
     A rendered request no longer says where its templates were, so a component
-    that holds one of the captured values, or a date, counts as one. A mistake
-    only makes the part shorter; the mount it lies on is checked as well.
+    that holds a captured value, or a date, counts as one; a value of a letter
+    or two only by itself or behind its name (`disc1`, not `krios1`). A mistake
+    either makes the part shorter (the mount it lies on is checked as well), or
+    asks for a directory that should be created.
     """
     kept = []
     for component in path.split("/"):
-        if "{" in component or _DATE.search(component) or any(value and value in component for value in values):
+        if "{" in component or _DATE.search(component) or any(_holds(component, *item) for item in values.items()):
             break
         kept.append(component)
     return "/".join(kept) or "/"
+
+
+def _holds(component: str, name: str, value: str) -> bool:
+    if len(value) >= TELLING:
+        return value in component
+    return bool(value) and re.search(rf"(^|{re.escape(name)}[-_.]?){re.escape(value)}$", component) is not None
 
 
 def _refuse_impossible(request: Request, to: list[str]) -> None:

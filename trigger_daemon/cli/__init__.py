@@ -61,6 +61,8 @@ def run(args: list[str] | None = None) -> int:
         return code if isinstance(code, int) else commands.OK
     except click.exceptions.Exit as left:
         return left.exit_code
+    except SystemExit:  # so click tells, also to those who call it themselves, that the reader of our output has left
+        return PIPE_CLOSED
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
         return commands.USAGE
@@ -85,7 +87,7 @@ def run(args: list[str] | None = None) -> int:
         complain(error.message, error.hint)
         return commands.FAILURE
     except OSError as error:
-        if error.errno == errno.EPIPE:
+        if error.errno == errno.EPIPE or isinstance(error, BrokenPipeError):
             return PIPE_CLOSED
         where = f": {safe(os.fsdecode(error.filename))}" if isinstance(error.filename, str | bytes) else ""
         complain(f"{error.strerror or error}{where}")

@@ -255,7 +255,7 @@ def _checks(specs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Any]:
 def _yaml(value: Mapping[str, Any], indent: str) -> Iterator[str]:
     """Yield lines of YAML in blocks; what is not set is a comment."""
     for key, item in value.items():
-        if item is None or item == []:
+        if item is None or item == [] or (isinstance(item, Mapping) and _unset(item)):
             yield f"{indent}# {key}: none"
         elif key == "built_in_ignores" and item:
             yield f"{indent}built_in_ignores: true  # {' '.join(item)}"
@@ -268,6 +268,10 @@ def _yaml(value: Mapping[str, Any], indent: str) -> Iterator[str]:
                 yield f"{indent}  - {_flow(each)}"
         else:
             yield f"{indent}{key}: {_flow(item)}"
+
+
+def _unset(mapping: Mapping[str, Any]) -> bool:
+    return bool(mapping) and all(value is None for value in mapping.values())
 
 
 def _flow(value: Any) -> str:

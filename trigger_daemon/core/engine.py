@@ -61,7 +61,7 @@ from trigger_daemon.core.model import (
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.core.runs import Run, Runs
 from trigger_daemon.core.saved import OpenRun, Saved
-from trigger_daemon.core.settle import BLOCKED, COMPLETE, INCOMPLETE, SETTLING, SUSPECT, Member, Settling
+from trigger_daemon.core.settle import AWAITING, BLOCKED, COMPLETE, INCOMPLETE, SETTLING, SUSPECT, Member, Settling
 from trigger_daemon.core.timers import Timers
 
 SETTLING_HIGH = 100_000  # files in their quiet period at which sweeps wait: about 60 MB
@@ -336,8 +336,8 @@ class Engine:
         records = [record_of(assembly, member) for member in members]
         waits_on: set[int] = set()
         for member in members:
-            if member.earlier > 0 and self.runs.newer_version(member.earlier, member.path, at):
-                waits_on.add(member.earlier)
+            if member.earlier > 0:
+                waits_on |= self.runs.newer_version(member.earlier, member.path, at)
             if member.companions:
                 records += companion_records(member)
         unique = {(record.root, record.dir, record.name): record for record in reversed(records)}
@@ -352,8 +352,9 @@ class Engine:
                         tuple(sorted(waits_on)), again)  # fmt: skip
         )
         self.runs.add(
-            Run(batch, rule.name, rule.id, shown, request, destination, len(records), size, waits_on=waits_on), at
-        )
+            Run(batch, rule.name, rule.id, shown, request, destination, len(records), size, waits_on=waits_on,
+                own=len(members)), at
+        )  # fmt: skip
         if not again:
             self._batched.setdefault(assembly.root, deque()).append((batch, members))
         return batch
@@ -387,11 +388,13 @@ class Engine:
             return
         self.rules_fault = None
         self.alarms.clear("rules", fact.at)
-        self.roots = dict(fact.roots)
+        known = {**self.roots, **fact.roots}
         self.root_paths.update({number: path for path, number in fact.roots.items()})
         moved = {} if fact.applied else self._moved(fact)
         self.undecided = moved
         rules = [self.rules[rule.name] if rule.name in moved else rule for rule in fact.rules]
+        used = {path for rule in rules for path in (rule.watch, *(c.root for c in rule.complete.companions))}
+        self.roots = {path: known[path] for path in sorted(used)}  # a rule that waits for a decision keeps its old root
         if moved:
             self._offered = fact
             names = ", ".join(sorted(moved))
@@ -402,8 +405,9 @@ class Engine:
         else:
             self._offered = None
             self.alarms.clear("rules-apply", fact.at)
-        self._use(rules, fact)
-        self._out.append(RulesAccepted(fact.source, self._utc(fact.at)))
+        self._use(rules, fact, known)
+        if not moved:  # else a restart would take the change without asking
+            self._out.append(RulesAccepted(fact.source, self._utc(fact.at)))
 
     def _moved(self, fact: RulesOffered) -> dict[str, Mapping[str, Any]]:
         """Return the rules whose `watch` changed although they have claims in the old root."""
@@ -417,7 +421,7 @@ class Engine:
                 moved[rule.name] = {"was": old.watch, "now": rule.watch, "files_done": done}
         return moved
 
-    def _use(self, rules: Sequence[Rule], fact: RulesOffered) -> None:
+    def _use(self, rules: Sequence[Rule], fact: RulesOffered, known: Mapping[str, int]) -> None:
         new = {rule.name: rule for rule in rules}
         fresh: set[int] = set()
         for name, old in list(self.rules.items()):
@@ -441,10 +445,10 @@ class Engine:
                 if was and was.watch != rule.watch:
                     existing = {"all": "process", "new": "ignore"}.get(fact.applied, rule.existing)
                     if fact.applied == "same":
-                        self._out.append(ClaimsCarried(rule.id, self.roots[was.watch], root))
+                        self._out.append(ClaimsCarried(rule.id, known[was.watch], root))
                 self._baseline_asks[(rule.id, root)] = (self._next_ask(), existing == "ignore")
         self.rules = new
-        self.runs.use(list(rules))
+        self.runs.use(list(rules), fact.at)
         if self._restored:
             self.runs.restore(self._restored, self._rule_names, fact.at)
             self._restored = ()
@@ -727,6 +731,8 @@ class Engine:
             words = member.why
             if member.stage == SUSPECT:
                 until = self.timers.at(member)
+            elif member.stage == AWAITING:
+                until = assembly.settling.waits_until(member)
         if member in assembly.stalled:
             words += " (stalled)"
         return {"because": words, "until_time": None if until is None else self._utc(until)}

@@ -25,6 +25,7 @@ class Event(StrEnum):
     HOLD = "a person is needed"
     RETRY = "an operator retries"
     REJOIN = "an operator retries, and the attempt is still under way"
+    REFIND = "an operator retries, and the attempt is still looked for"
     ABANDON = "an operator abandons"
     CANCEL = "an operator cancels"
     CANCELLED = "the provider confirms the end"
@@ -44,6 +45,7 @@ _TABLE: dict[Event, tuple[tuple[tuple[S, ...], S], ...]] = {
     Event.HOLD: (((S.PENDING, S.STARTING, S.ACTIVE, S.INACTIVE, S.SUCCEEDED), S.HELD),),
     Event.RETRY: (((S.HELD,), S.PENDING),),
     Event.REJOIN: (((S.HELD,), S.ACTIVE),),
+    Event.REFIND: (((S.HELD,), S.STARTING),),
     Event.ABANDON: (((S.HELD,), S.ABANDONED),),
     Event.CANCEL: (((S.PENDING, S.STARTING, S.ACTIVE, S.INACTIVE, S.HELD), S.CANCELLING),),
     Event.CANCELLED: (((S.CANCELLING,), S.CANCELLED),),

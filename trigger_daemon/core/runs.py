@@ -43,6 +43,7 @@ from trigger_daemon.core.model import (
     Verify,
 )
 from trigger_daemon.core.rules import Retry
+from trigger_daemon.errors import TriggerError
 
 if TYPE_CHECKING:
     from trigger_daemon.core.alarms import Alarms
@@ -79,6 +80,8 @@ class Run:
     live: bool = False  # an attempt may be under way
     slot: bool = False  # counts against the limits
     asked: bool = False  # a prepare is under way
+    place: str = ""  # where a PENDING run waits: ready, parked, after, blocked, retry; entries elsewhere are stale
+    own: int = 0  # files that are no companions
     failures: int = 0
     failing_since: float | None = None
     mismatches: int = 0
@@ -92,7 +95,6 @@ class Run:
     hint: str = ""
     output: Any = None
     cancel: bool = False
-    hold: str = ""  # an operator's hold that waits for a start to be answered
 
     @property
     def captures(self) -> Mapping[str, str]:
@@ -143,13 +145,23 @@ class Runs:
         self.dirty = False
         self._ready: dict[str, list[int]] = {}
         self._working: dict[str, int] = {}
-        self._after: dict[tuple[int, str], list[int]] = {}  # (rule id, captures) -> runs that wait for its success
+        self._after: dict[tuple[int, str], dict[int, None]] = {}  # (rule id, captures) -> runs that wait for its success
         self._blocking: dict[int, list[int]] = {}  # run -> runs that wait for its end
+        self._left: dict[int, set[int]] = {}  # ended run -> open runs that it still waited for
         self._followed: dict[int, set[tuple[str, ...]]] = {}  # rule id -> sets of `same` that others ask for
 
     # ----------------------------------------------------------------- policy
 
-    def use(self, rules: Sequence[Rule]) -> None:
+    @property
+    def at_work(self) -> int:
+        """Return how many runs count against the limits."""
+        return sum(self._working.values())
+
+    def follows(self, rule_id: int) -> Iterable[tuple[str, ...]]:
+        """Return the sets of captures for which other rules wait until this one succeeded."""
+        return self._followed.get(rule_id, ())
+
+    def use(self, rules: Sequence[Rule], at: float) -> None:
         """Take the rule set in force; open runs of removed rules go on with what they were made with."""
         self.rules = {rule.name: rule for rule in rules}
         by_name = {rule.name: rule.id for rule in rules}
@@ -157,6 +169,11 @@ class Runs:
         for rule in rules:
             if rule.after and rule.after.rule in by_name:
                 self._followed.setdefault(by_name[rule.after.rule], set()).add(rule.after.same)
+        waiting, self._after = self._after, {}  # what they wait for may be another rule now, or none
+        for number in [number for queue in waiting.values() for number in queue]:
+            run = self.open.get(number)
+            if run is not None and run.place == "after":
+                self._enqueue(run, at)
         self.dirty = True
 
     def _retry_policy(self, run: Run) -> Retry:
@@ -177,13 +194,25 @@ class Runs:
 
     def restore(self, saved: Iterable[OpenRun], names: Mapping[int, str], at: float) -> None:
         """Take the open runs of the journal: ask the providers about what was under way, once."""
+        for key, alarm in list(self.alarms.open.items()):
+            kind, _, destination = key.partition(":")
+            if kind == "destination":  # was down, and is probed before all others start
+                why = alarm.what.partition(" is down: ")[2]
+                self.down[destination] = Down(why, alarm.hint, 0, at)
+                self.timers.set(("probe", destination), at, lambda now, name=destination: self._probe(name, now))
         for old in saved:
             run = Run(
                 old.id, names.get(old.rule, str(old.rule)), old.rule, old.group, old.request, old.destination, old.files, old.bytes,
                 state=RunState(old.state), created_at=at, attempts=old.attempts, waits_on=set(old.waits_on),
                 error=old.error or "", hint=old.hint or "", output=old.output,
+                own=old.files,
             )  # fmt: skip
             self.open[run.id] = run
+            if f"unreachable:{run.id}" in self.alarms.open:
+                run.unreachable_since = at
+            for other in run.waits_on:
+                if (earlier := self.open.get(other)) is not None and earlier.own == 1:
+                    earlier.newer.add("")  # its only file has a newer version: this run's
             attempt = old.attempt
             if attempt is not None:
                 run.prepared, run.handle = attempt.prepared, attempt.handle
@@ -204,6 +233,8 @@ class Runs:
         if not run.live:
             if run.state == RunState.CANCELLING:
                 self._end(run, Event.CANCELLED, "nothing was under way", at)
+            elif run.state == RunState.ABANDONED:
+                self._abandoned(run, "nothing was under way", at)
             return
         self._take_slot(run)
         run.cancel = run.state == RunState.CANCELLING
@@ -218,61 +249,78 @@ class Runs:
 
     def _enqueue(self, run: Run, at: float) -> None:
         """Put a PENDING run where it waits: for another run, for a rule's success, or for its turn."""
+        if run.slot:
+            return  # it is being prepared; the answer moves it
+        if fault := run.request.get("fault"):
+            self._hold(run, str(fault), "mend the rule, send its files again with `files resend`, and abandon this run", at)
+            return
         blockers = [other for other in run.waits_on if other in self.open]
         if blockers:
             for other in blockers:
                 queue = self._blocking.setdefault(other, [])
                 if run.id not in queue:
                     queue.append(run.id)
+            run.place = "blocked"
             run.waiting = f"run {min(blockers)}, which takes an earlier version of the same file"
             return
         rule = self.rules.get(run.rule)
         if rule and rule.after and (leader := self.rules.get(rule.after.rule)):
             same = canonical({name: run.captures.get(name, "") for name in rule.after.same})
             if (leader.id, same, "succeeded") not in self.marks:
-                self._after.setdefault((leader.id, same), []).append(run.id)
+                self._after.setdefault((leader.id, same), {})[run.id] = None
+                run.place = "after"
                 run.waiting = f"rule {leader.name} to succeed for {same}"
                 return
         down = self.down.get(run.destination)
-        if down:
-            down.parked.append(run.id)
-            run.waiting = f"destination {run.destination}: {down.why}"
+        if down and down.probing != run.id:
+            self._park(run, down)
             return
         run.waiting = "its turn"
-        heapq.heappush(self._ready.setdefault(run.rule, []), run.id)
+        self._line_up(run)
+
+    def _park(self, run: Run, down: Down) -> None:
+        if run.place != "parked":
+            run.place = "parked"
+            down.parked.append(run.id)
+        run.waiting = f"destination {run.destination}: {down.why}"
+
+    def _line_up(self, run: Run) -> None:
+        if run.place != "ready":
+            run.place = "ready"
+            heapq.heappush(self._ready.setdefault(run.rule, []), run.id)
         self.dirty = True
 
     def _retry_at(self, run: Run, wait_s: float, at: float, why: str) -> None:
         if wait_s <= 0:
             self._enqueue(run, at)
             return
+        run.place = "retry"
         run.waiting = f"the next attempt, after: {why}"
         self.timers.set(("retry", run.id), at + wait_s, lambda now: self._retry_due(run, now))
 
     def _retry_due(self, run: Run, now: float) -> None:
-        if run.state == RunState.PENDING and self.open.get(run.id) is run:
+        if run.place == "retry":
             self._enqueue(run, now)
 
     def admit(self, at: float) -> None:
         """Start what may start: by priority, then in order of closing."""
         self.dirty = False
-        if self.paused_all:
-            return
+        if self.paused_all or self.at_work >= self.runs_max:
+            return  # whatever ends either comes here again
         order = sorted(self._ready, key=lambda name: -self._priority(name))
         for name in order:
             queue = self._ready[name]
             rule = self.rules.get(name)
             limit = rule.runs_max if rule and rule.runs_max is not None else self.runs_max
-            while queue and sum(self._working.values()) < self.runs_max and self._working.get(name, 0) < limit:
+            while queue and self.at_work < self.runs_max and self._working.get(name, 0) < limit:
                 if name in self.paused_rules:
                     break
                 run = self.open.get(heapq.heappop(queue))
-                if run is None or run.state != RunState.PENDING or run.slot:
+                if run is None or run.place != "ready":
                     continue
                 down = self.down.get(run.destination)
                 if down and down.probing != run.id:
-                    down.parked.append(run.id)
-                    run.waiting = f"destination {run.destination}: {down.why}"
+                    self._park(run, down)
                     continue
                 self._begin(run, at)
             if not queue:
@@ -296,9 +344,14 @@ class Runs:
             self.dirty = True
 
     def _begin(self, run: Run, at: float) -> None:
+        try:
+            prepares = self.prepares(run.request["action"])
+        except TriggerError as error:  # an action that is no longer installed
+            self._hold(run, error.message, error.hint or "", at)
+            return
         self._take_slot(run)
-        run.waiting = ""
-        if self.prepares(run.request["action"]):
+        run.place = run.waiting = ""
+        if prepares:
             run.asked = True
             self.out.append(Prepare(run.id, run.attempts + 1))
         else:
@@ -338,8 +391,7 @@ class Runs:
         self.out.append(AttemptChanged(run.id, fact.attempt, handle=fact.handle))
         if run.state == RunState.STARTING:
             self._move(run, Event.TOOK, "the provider took it", fact.at)
-            if run.hold:
-                self._hold(run, run.hold, "", fact.at)
+            run.waiting = ""
         if run.cancel:
             self.out.append(Cancel(run.id, fact.attempt, run.handle))
         self._poll_at(run, fact.at + FIRST_POLL_S)
@@ -364,16 +416,16 @@ class Runs:
             self._end(run, Event.CANCELLED, "it had not started", fact.at)
         elif run.state == RunState.STARTING:
             self._move(run, Event.REFUSED, fact.fault.why, fact.at, error=fact.fault.why, hint=fact.fault.hint)
-            if run.hold:
-                self._hold(run, run.hold, "", fact.at)
-            else:
-                self._failed(run, fact.fault, fact.at)
+            self._failed(run, fact.fault, fact.at)
+        else:
+            self._outdated(run, fact.at)
 
     def start_unknown(self, fact: StartUnknown) -> None:
         run = self._current(fact.run, fact.attempt)
         if run is None or run.handle is not None:
             return
-        run.waiting = f"the provider's word about attempt {fact.attempt}: {fact.why}"
+        if run.state == RunState.STARTING:
+            run.waiting = f"the provider's word about attempt {fact.attempt}: {fact.why}"
         wait = retry.backoff_s(max(1, run.failures), self._retry_policy(run), self.rand())
         run.failures += 1
         self.timers.set(
@@ -430,7 +482,8 @@ class Runs:
         if run.unreachable_since is None:
             run.unreachable_since = fact.at
         since = fact.at - run.unreachable_since
-        run.waiting = f"the provider's answer: {fact.why}"
+        if run.state not in (RunState.HELD, RunState.ABANDONED):
+            run.waiting = f"the provider's answer: {fact.why}"
         if since >= UNREACHABLE_ALARM_S:
             words = f"run {run.id} of {run.rule} cannot be asked about: {fact.why}"
             self.alarms.raised(f"unreachable:{run.id}", words, fact.hint, fact.at)
@@ -442,7 +495,12 @@ class Runs:
             self.alarms.raised(f"inactive:{run.id}", f"run {run.id} of {run.rule} is paused: {fact.why}", fact.hint, fact.at)
         elif fact.status == "active" and run.state == RunState.INACTIVE:
             self._move(run, Event.RESUMED, fact.why or "goes on", fact.at, error="", hint="")
+        if fact.status == "active" and self.alarms.open:
             self.alarms.clear(f"inactive:{run.id}", fact.at)
+        if run.state in (RunState.ACTIVE, RunState.INACTIVE):
+            run.waiting = f"the provider to go on: {fact.why}" if run.state == RunState.INACTIVE else ""
+        if (fact.bytes_done or fact.files_done) and run.destination in self.down:
+            self._up(run, fact.at)  # what arrives proves the destination, however long the rest takes
         self._poll_at(run, fact.at + max(fact.again_in_s, 0.05))
 
     def _succeeded(self, run: Run, fact: Polled) -> None:
@@ -456,7 +514,7 @@ class Runs:
         if fact.changed and not proof:
             because += f"; {len(fact.changed)} of {run.files} had changed and were left out"
         self._move(run, Event.SUCCEEDED, because, fact.at, final=final, output=fact.output, error="", hint="")
-        run.cancel, run.hold = False, ""
+        run.cancel = False
         if final:
             self._finished(run, fact.at, success=True)
         else:
@@ -470,13 +528,20 @@ class Runs:
         self.timers.cancel(("find", run.id))
         self.out.append(AttemptChanged(run.id, run.attempts, ended_time=self.utc(at), outcome=outcome))
         self._free_slot(run)
-        self.alarms.clear(f"inactive:{run.id}", at)
+        if self.alarms.open:
+            self.alarms.clear(f"inactive:{run.id}", at)
+            self.alarms.clear(f"unreachable:{run.id}", at)
         if run.state == RunState.ABANDONED:
-            words = f"its last attempt ended: {outcome}"
-            self.out.append(RunMoved(run.id, run.state, run.state, words, self.utc(at), final=True))
-            self._drop(run)
+            self._abandoned(run, f"its last attempt ended: {outcome}", at)
+
+    def _abandoned(self, run: Run, because: str, at: float) -> None:
+        """Nothing is under way any more."""
+        self.out.append(RunMoved(run.id, run.state, run.state, because, self.utc(at), final=True))
+        self._finished(run, at, success=False)
 
     def _ended_badly(self, run: Run, fault: Fault, at: float) -> None:
+        if self._outdated(run, at):
+            return
         if run.state in (RunState.ACTIVE, RunState.INACTIVE):
             if fault.kind == "transient" or fault.scope == Scope.DESTINATION:
                 self._move(run, Event.FAILED, fault.why, at, error=fault.why, hint=fault.hint)
@@ -484,6 +549,8 @@ class Runs:
 
     def _failed(self, run: Run, fault: Fault, at: float) -> None:
         """An attempt ended without success, or could not begin: later, or a person."""
+        if self._outdated(run, at):
+            return
         if fault.scope == Scope.DESTINATION and fault.kind != "permanent":
             self._destination_down(run, fault, at)
             return
@@ -515,7 +582,8 @@ class Runs:
         down.probe_at = at + wait
         run.error, run.hint = fault.why, fault.hint
         run.waiting = f"destination {run.destination}: {fault.why}"
-        if run.id not in down.parked:
+        if run.place != "parked":
+            run.place = "parked"
             down.parked.insert(0, run.id)
         destination = run.destination
         self.timers.set(("probe", destination), down.probe_at, lambda now: self._probe(destination, now))
@@ -528,11 +596,10 @@ class Runs:
             return
         while down.parked:
             run = self.open.get(down.parked.pop(0))
-            if run is not None and run.state == RunState.PENDING and not run.slot:
+            if run is not None and run.place == "parked":
                 down.probing = run.id
                 run.waiting = "its turn, as a probe of its destination"
-                heapq.heappush(self._ready.setdefault(run.rule, []), run.id)
-                self.dirty = True
+                self._line_up(run)
                 # Should the probe come to nothing (cancelled, paused), another one follows.
                 self.timers.set(("probe", destination), now + 600.0, lambda later: self._probe(destination, later))
                 return
@@ -547,7 +614,7 @@ class Runs:
         self.alarms.clear(f"destination:{run.destination}", at)
         for parked in down.parked:
             waiting = self.open.get(parked)
-            if waiting is not None and waiting.state == RunState.PENDING and not waiting.slot:
+            if waiting is not None and waiting.place == "parked":
                 self._enqueue(waiting, at)
 
     # ------------------------------------------------------------------ proof
@@ -576,6 +643,8 @@ class Runs:
             self._end(run, Event.SUPERSEDED, "all files have a newer version or are gone", fact.at)
             return
         self._free_slot(run)
+        if self._outdated(run, fact.at):
+            return
         if run.mismatches >= MISMATCHES_MAX:
             self._hold(run, why, "compare source and destination; then retry or abandon the run", fact.at)
             return
@@ -595,7 +664,6 @@ class Runs:
             policy=self._retry_policy(run), rand=self.rand(),
         )  # fmt: skip
         if isinstance(decision, retry.Hold):
-            self._free_slot(run)
             self._hold(run, f"could not be proved: {decision.because}", decision.hint, fact.at)
             return
         run.waiting = f"the proof, after: {fault.why}"
@@ -614,11 +682,13 @@ class Runs:
 
     def _hold(self, run: Run, because: str, hint: str, at: float) -> None:
         if lifecycle.allowed(run.state, Event.HOLD):
-            run.hold = ""
             words = hint or "`trigger-daemon runs show` tells more; then `runs retry` or `runs abandon`"
             self._move(run, Event.HOLD, because, at, error=because, hint=words)
             run.waiting = "a person"
             self.timers.cancel(("retry", run.id))
+            self.timers.cancel(("verify", run.id))
+            if not run.live and not run.asked:
+                self._free_slot(run)
             self.out.append(Log("run.held", {"run": run.id, "rule": run.rule, "because": because}, "warning"))
             self.alarms.raised(f"held:{run.rule}", f"runs of {run.rule} are held; the latest, {run.id}: {because}", words, at)
 
@@ -632,15 +702,24 @@ class Runs:
         self._drop(run)
         if success:
             self._up(run, at)
-            for same in self._followed.get(run.rule_id, ()):
-                if all(name in run.captures for name in same):
-                    self._succeeded_for(run, canonical({name: run.captures[name] for name in same}), at)
+            if followed := self._followed.get(run.rule_id):
+                taken = self.marks.get((run.rule_id, canonical(run.group), "taken"))
+                for same in followed if taken is None or taken[0] <= run.id else ():  # else its group has begun anew
+                    if all(name in run.captures for name in same):
+                        self._succeeded_for(run, canonical({name: run.captures[name] for name in same}), at)
+        left = {other for other in run.waits_on if other in self.open}
+        if left:  # it never began: who would have come after it comes after these
+            self._left[run.id] = left
         for waiting in self._blocking.pop(run.id, ()):
+            if (ended := self._left.get(waiting)) is not None:
+                ended.discard(run.id)
+                if not ended:
+                    del self._left[waiting]
             other = self.open.get(waiting)
-            if other is not None and other.state == RunState.PENDING and not other.slot:
-                other.waits_on.discard(run.id)
-                self._enqueue(other, at)
-        self._held_no_more(run, at)
+            if other is not None:
+                other.waits_on = other.waits_on - {run.id} | left
+                if other.place == "blocked":
+                    self._enqueue(other, at)
 
     def _succeeded_for(self, run: Run, same: str, at: float) -> None:
         key = (run.rule_id, same, "succeeded")
@@ -649,7 +728,7 @@ class Runs:
             self.out.append(GroupSet(run.rule_id, same, "succeeded", run.id, self.utc(at)))
         for waiting in self._after.pop((run.rule_id, same), ()):
             other = self.open.get(waiting)
-            if other is not None and other.state == RunState.PENDING:
+            if other is not None and other.place == "after":
                 self._enqueue(other, at)
 
     def _drop(self, run: Run) -> None:
@@ -660,8 +739,10 @@ class Runs:
     def _move(self, run: Run, event: Event, because: str, at: float, *, final: bool = False, **fields: Any) -> None:
         goal = lifecycle.target(run.state, event)
         self._count(run, -1)
-        source, run.state = run.state, goal
+        source, run.state, run.place = run.state, goal, ""
         self._count(run, +1)
+        if source == RunState.HELD:
+            self._held_no_more(run, at)
         if "error" in fields:
             run.error, run.hint = fields["error"], fields.get("hint", run.hint)
         self.out.append(RunMoved(run.id, source, goal, because, self.utc(at), final, **fields))
@@ -674,15 +755,22 @@ class Runs:
 
     # --------------------------------------------------------- newer versions
 
-    def newer_version(self, run_id: int, path: str, at: float) -> bool:
-        """A member has a newer version. Return whether the run is still open (then the newer one must wait for it)."""
+    def newer_version(self, run_id: int, path: str, at: float) -> set[int]:
+        """A member has a newer version. Return the open runs that must end before the newer one may start."""
         run = self.open.get(run_id)
         if run is None:
-            return False
+            return set(self._left.get(run_id, ()))
         run.newer.add(path)
-        if len(run.newer) >= run.files and not run.live and not run.slot and lifecycle.allowed(run.state, Event.SUPERSEDED):
-            self._end(run, Event.SUPERSEDED, "every file has a newer version", at)
+        left = {other for other in run.waits_on if other in self.open}
+        return left if self._outdated(run, at) else {run_id}
+
+    def _outdated(self, run: Run, at: float) -> bool:
+        """End a run of which every file has a newer version, unless something of it is under way."""
+        if not run.newer or len(run.newer) < run.own or run.live or run.slot:
             return False
+        if not lifecycle.allowed(run.state, Event.SUPERSEDED):
+            return False
+        self._end(run, Event.SUPERSEDED, "every file has a newer version", at)
         return True
 
     # ----------------------------------------------------------------- orders
@@ -696,20 +784,20 @@ class Runs:
         if run.state != RunState.HELD:
             return f"run {run.id} is {run.state}; only HELD and PENDING runs can be retried"
         run.failures, run.failing_since, run.mismatches = 0, None, 0
+        run.waiting = ""
         if run.live and run.handle is not None:
             self._move(run, Event.REJOIN, because, at, error="", hint="")
             self._poll_at(run, at)
+        elif run.live:
+            self._move(run, Event.REFIND, because, at, error="", hint="")
+            run.waiting = f"the provider's word about attempt {run.attempts}"
         else:
             self._move(run, Event.RETRY, because, at, error="", hint="")
             self._enqueue(run, at)
-        self._held_no_more(run, at)
         return ""
 
     def hold(self, run: Run, because: str, at: float) -> str:
         """Hold a run on an operator's word; return '' or why not."""
-        if run.state == RunState.STARTING:
-            run.hold = because  # held as soon as the provider's answer is known
-            return ""
         if not lifecycle.allowed(run.state, Event.HOLD):
             return f"run {run.id} is {run.state} and cannot be held"
         self._hold(run, because, "`trigger-daemon runs retry` lets it go on", at)
@@ -721,19 +809,19 @@ class Runs:
             return f"run {run.id} is {run.state}; only HELD runs can be abandoned (hold or cancel it first)"
         if run.live:
             self._move(run, Event.ABANDON, because, at)
-            self._held_no_more(run, at)
+            run.waiting = "its last attempt to end"
         else:
             self._end(run, Event.ABANDON, because, at)
         return ""
 
     def cancel(self, run: Run, because: str, at: float) -> str:
         """Wish a run to end; it is CANCELLED when the provider confirms."""
+        if run.state == RunState.CANCELLING and run.handle is not None:
+            self.out.append(Cancel(run.id, run.attempts, run.handle))  # the first wish may have been lost
+            return ""
         if not lifecycle.allowed(run.state, Event.CANCEL):
             return f"run {run.id} is {run.state} and cannot be cancelled"
-        held = run.state == RunState.HELD
         self._move(run, Event.CANCEL, because, at, error="", hint="")
-        if held:
-            self._held_no_more(run, at)
         if not run.live and not run.asked:
             self._end(run, Event.CANCELLED, "nothing was under way", at)
             return ""
@@ -755,5 +843,5 @@ class Runs:
                 return f"resume: {self.paused_all}"
             if run.rule in self.paused_rules:
                 return f"rule {run.rule} to be resumed"
-            return f"{run.waiting}: {sum(self._working.values())} of {self.runs_max} runs are at work"
+            return f"{run.waiting}: {self.at_work} of {self.runs_max} runs are at work"
         return run.waiting if run.state != RunState.ACTIVE or run.unreachable_since is not None else ""

@@ -133,6 +133,7 @@ class Settling:
         self.awaited: dict[tuple[int, str], dict[str, dict[Member, Companion]]] = {}
         self.unreadable: dict[Member, str] = {}
         self.first_seen: dict[Member, float] = {}  # only of members that did not settle at the first try
+        self.agreed: set[Member] = set()  # their own checks agreed; those of companions are still running
         self.count = 0
         self._open: dict[str, Member] | None = None  # the directory that `found` is filling
         self._on_complete = on_complete
@@ -338,6 +339,7 @@ class Settling:
             self._companions_judged(member, at)
             return
         member.stage, member.why = CHECKING, "its checks are running"
+        self.agreed.discard(member)
         for companion in pending:
             assert companion.state is not None
             self.out.append(Check(self.key, companion.root, companion.path, companion.state, companion.checks))
@@ -355,7 +357,7 @@ class Settling:
         for member, companion in list(self.awaited.get((fact.root, directory), {}).get(name, {}).items()):
             if companion.state == fact.state and member.stage == CHECKING:
                 companion.verdict, companion.why = fact.verdict, fact.why
-                if not self.checks:
+                if not self.checks or member in self.agreed:  # answers come in any order
                     self._companions_judged(member, fact.at)
 
     def _verdict(self, member: Member, fact: Checked) -> None:
@@ -371,6 +373,8 @@ class Settling:
         elif fact.verdict == Verdict.SUSPECT:
             self._suspect(member, fact.why, fact.at)
         else:
+            if member.companions:
+                self.agreed.add(member)
             self._companions_judged(member, fact.at)
 
     def _companions_judged(self, member: Member, at: float) -> None:
@@ -409,6 +413,8 @@ class Settling:
             self.queue.pop(member, None)  # and nothing else: a timer is set only when this stage is left
         else:
             self.timers.cancel(member)
+        if self.agreed:
+            self.agreed.discard(member)
         if self.first_seen:
             self.first_seen.pop(member, None)
             self.timers.cancel((member, "stall"))
@@ -511,13 +517,18 @@ class Settling:
         limits = [c.spec.wait_s for c in member.companions if not c.quiet and c.spec and c.spec.missing == "block"]
         limits += [self.rule.complete.stalled_after_s for c in member.companions if not c.quiet and c.spec is None]
         if limits and now - member.seen >= min(limits):
-            self.block(member, member.why or "a companion is missing")
+            self.block(member, f"{member.why or 'a companion is missing'}; waited {min(limits):g} s for it")
             return
         if not self._waiting_for(member, now):
             self._judge(member, now)
             return
         self._look_at_companions(member)
         self._companion_timer(member, now)
+
+    def waits_until(self, member: Member) -> float | None:
+        """Return when the wait for a missing companion ends (monotonic), None if nothing ends it."""
+        ends = [c.spec.wait_s for c in member.companions if not c.quiet and c.spec]
+        return member.seen + min(ends) if ends else None
 
     # ------------------------------------------------------------------- ends
 

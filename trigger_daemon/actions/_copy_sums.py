@@ -1,0 +1,47 @@
+"""Lists of digests beside the files, as `sha256sum` writes and checks them; merged, and replaced as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+
+from trigger_daemon.actions._copy_system import fsync_directory
+from trigger_daemon.failpoints import fail_point
+
+
+def merge_sums(target: bytes, temp: bytes, new: Mapping[bytes, str]) -> None:
+    """Put a line for each of `new` (name -> digest) into the list at `target`, by way of `temp`. Raises OSError.
+
+    The caller holds a lock; lines of others stay as they are.
+    """
+    before: list[bytes] = []
+    with contextlib.suppress(FileNotFoundError), open(target, "rb") as old:
+        before = [line for line in old.read().split(b"\n") if line]
+    entries = {sums_line(name, digest) for name, digest in new.items()}
+    names = {_name(line) for line in entries}
+    after = [line for line in before if _name(line) not in names] + sorted(entries, key=_name)
+    if after == before:
+        return
+    try:
+        with open(temp, "wb") as out:
+            out.write(b"".join(line + b"\n" for line in after))
+            out.flush()
+            os.fsync(out.fileno())
+        fail_point("copy.sums")
+        os.rename(temp, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+        raise
+    fsync_directory(target.rpartition(b"/")[0])
+
+
+def _name(line: bytes) -> bytes:
+    return line.partition(b"  ")[2]
+
+
+def sums_line(name: bytes, digest: str) -> bytes:
+    """Return a line as `sha256sum` writes it: a name with a backslash or line break is escaped and marked."""
+    escaped = name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
+    return (b"\\" if escaped != name else b"") + digest.encode() + b"  " + escaped
