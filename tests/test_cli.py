@@ -830,6 +830,8 @@ SETTINGS = {
     "nested": "mqtt:\n  state_dir: /wrong\n",
     "open": "mqtt: {\nstate_dir: /wrong}\n",
     "text": "mqtt:\n  a: 'one\nstate_dir: /wrong\n'\n",
+    "flow": "mqtt: {\nstate_dir: /wrong\n }\n",
+    "wrapped": "mqtt:\n  a: 'one\nstate_dir: /wrong\n  two'\n",
     "anchor": "state_dir: &a /a/b\n",
     "space": "state_dir: /a b\n",
     "late": "mqtt: {a: 1}\nstate_dir:    /a/b\n",

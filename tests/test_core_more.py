@@ -599,6 +599,21 @@ def test_blocked_file_that_was_removed_is_blocked_no_more():
     assert "blocked:r" not in lab.engine.alarms.open
 
 
+@pytest.mark.parametrize("what", ["skip", "rewrite"])
+def test_file_that_goes_another_way_is_blocked_no_more(what):
+    """Skipped or changed, it leaves the list and the alarm at once."""
+    complete = Complete(checks=(("tiff", {}),), suspect_s=None)
+    lab = Lab(rule(complete=complete))
+    lab.verdicts["a.tif"] = (Verdict.SUSPECT, "tail")
+    lab.write("a.tif", 10)
+    lab.run_for(32)
+    assert "blocked:r" in lab.engine.alarms.open
+    lab.order("files.skip", path="/data/a.tif") if what == "skip" else lab.write("a.tif", 20)
+    lab.run_for(2)
+
+    assert "blocked:r" not in lab.engine.alarms.open
+
+
 def test_file_that_an_operator_let_go_is_blocked_no_more_while_its_batch_is_open():
     """The alarm and the list say what is."""
     lab = Lab(rule(on_rewrite="block", batch=Batch(files=2)))
@@ -989,3 +1004,74 @@ def test_status_of_many_rules_is_cheap():
     lab.engine.snapshot()
 
     assert time.process_time() - begun < 0.2
+
+
+# ---------------------------------------------------------- late companions
+
+
+def test_late_companion_travels_in_a_batch_of_its_own():
+    """`missing: go`: the file goes without it; when it comes it goes alone, once, and says whose it is."""
+    lab = Lab(companion_rule(missing="go", wait_s=60.0))
+    lab.write("a.tif")
+    lab.run_for(200)
+    assert lab.batches() == [("a.tif",)]
+    lab.write("a.xml", heard=False)
+    lab.run_for(40)
+    assert lab.batches() == [("a.tif",)]
+    lab.run_for(2_000)
+
+    assert lab.batches() == [("a.tif",), ("a.xml",)]
+    assert lab.closed[1][1].members[0].role == "companion"
+    assert lab.closed[1][1].reason == "late companion of a.tif, which batch 1 took"
+    assert state(lab, 2) == RunState.VERIFIED
+    assert not lab.engine.assemblies[1].settling.awaited
+
+
+def test_late_companion_is_checked_and_goes_to_the_group_of_its_file():
+    """Late or not, it must be whole, and its request is rendered as that of its file was."""
+    companion = With("{chip}/{n}.xml", "/epu", checks=(("xml", {}),), wait_s=60.0, missing="go")
+    keys = {"match": ("{chip}/{n}.tif",), "batch": Batch(group_by=("chip",), files=1), "options": {"to": "/out/{chip}"}}
+    lab = Lab(rule(complete=Complete(companions=(companion,)), **keys), companion_roots={"/epu": 2})
+    lab.write("a/1.tif")
+    lab.run_for(200)
+    lab.verdicts["a/1.xml"] = (Verdict.INCOMPLETE, "no end tag")
+    lab.write("a/1.xml", root=2)
+    lab.run_for(1_000)
+    assert len(lab.batches()) == 1
+    lab.verdicts.clear()
+    lab.run_for(200)
+
+    late = lab.closed[1][1]
+    assert (late.members[0].root, late.group, late.destination) == (2, {"chip": "a"}, "/out/a")
+
+
+def test_companions_that_never_come_are_bounded(monkeypatch):
+    """What is waited for without a file to hold is limited, and looked for in one look a directory."""
+    monkeypatch.setattr("trigger_daemon.core.settle.LATE_MAX", 50)
+    lab = Lab(companion_rule(missing="go", wait_s=60.0))
+    for n in range(200):
+        lab.write(f"{n}.tif")
+    lab.run_for(300)
+    looks = len(lab.effects)
+    lab.run_for(600)
+    settling = lab.engine.assemblies[1].settling
+
+    assert len(lab.batches()) == 200
+    assert len(settling.late) == 50
+    assert sum(len(names) for names in settling.awaited.values()) == 50
+    assert len([e for e in lab.effects[looks:] if isinstance(e, model.Look)]) <= 11
+
+
+def test_rule_that_is_removed_lets_go_of_everything():
+    """No timer and no look is left of a rule that is gone."""
+    lab = Lab(companion_rule(missing="go", wait_s=60.0))
+    lab.write("a.tif")
+    lab.run_for(200)
+    lab.write("b.tif")
+    lab.offer()
+    lab.run_for(1)
+    before = len(lab.effects)
+    lab.run_for(1_000)
+
+    assert not [e for e in lab.effects[before:] if isinstance(e, model.Look)]
+    assert not lab.engine.timers._live

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from trigger_daemon.cli import text
 from trigger_daemon.cli.demo import verdict
 from trigger_daemon.cli.demo.facility import Facility
 from trigger_daemon.config import load_rules, load_settings
@@ -61,6 +63,9 @@ def test_the_demo_ends_by_itself_and_everything_arrived(tmp_path: Path) -> None:
     }
     assert any("17 of 40 frames" in event for event in found["events"])
     assert found["directory"] is None
+    said = io.StringIO()
+    verdict.tell(text.console(said), found)
+    assert "Everything arrived as it was written" in said.getvalue()
     assert left(tmp_path) == []
 
 

@@ -41,6 +41,7 @@ from trigger_daemon.journal import ClaimReader, Journal
 from trigger_daemon.looks import CHUNK_MAX, CHUNK_S
 from trigger_daemon.roots import EMPTIED_CONFIRM_S, LOCAL_TYPES, Beat, Root
 from trigger_daemon.scanner import Scanner
+from trigger_daemon.sweeps import SCOPES_MAX
 from trigger_daemon.worker import Stop, Worker
 
 if sys.platform != "linux":
@@ -436,6 +437,49 @@ def test_lost_hints_are_made_up_for(bench: Callable[..., Bench], root: Path) -> 
 
     assert names_of([b.next(Seen)]) == ["a.tif"]
     b.next(Swept, lambda fact: fact.full)
+
+
+@pytest.mark.parametrize("lost", [Hints(all=True), Hints(dirs={b"d%d" % n for n in range(SCOPES_MAX + 1)})])
+def test_what_is_lost_during_a_sweep_is_made_up_for_after_it(
+    bench: Callable[..., Bench], root: Path, lost: Hints
+) -> None:
+    """Hints lost while a sweep is under way, which may have passed the place: another sweep follows soon."""
+    for number in range(3):
+        (root / f"d{number}").mkdir()
+    b = bench()
+    passed: list[bytes] = []
+
+    def lose(directory: bytes) -> None:
+        """Behind the back of the sweep, once it is at its second directory."""
+        passed.append(directory)
+        if len(passed) == 3:
+            (root / os.fsdecode(passed[1]) / "a.tif").touch()
+            b.told.tell(all=lost.all, dirs=lost.dirs)
+
+    b.told.on_watch = lose
+    b.opened()
+
+    assert names_of([b.next(Seen)]) == [f"{os.fsdecode(passed[1])}/a.tif"]
+    b.next(Swept, lambda fact: fact.full)
+
+
+def test_a_long_full_sweep_does_not_delay_the_sweeps_of_names(bench: Callable[..., Bench], root: Path) -> None:
+    """The next names are due after the interval, however long all files took."""
+    b = bench(every_s=0.05)
+    b.told.kind = "none"
+    b.core.on_post = lambda fact: None
+    (root / "a.tif").touch()
+    slow = threading.Event()
+
+    def directory(number: int, path: str) -> tuple[int, Mapping[str, Sequence[Claim]]]:
+        slow.wait(1.0)
+        return 7, {}
+
+    b.ledger.directory = directory  # type: ignore[method-assign]
+    b.opened()
+    (root / "b.tif").touch()
+
+    assert names_of([b.next(Seen, lambda fact: len(fact.rows) == 1, timeout=5.0)]) == ["b.tif"]
 
 
 def test_what_appears_between_watch_and_list_is_found(bench: Callable[..., Bench], root: Path) -> None:

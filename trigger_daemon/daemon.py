@@ -48,6 +48,7 @@ COMMIT_AGAIN_S = 1.0  # a failed commit is tried again so often
 RESTART_S = 2.0  # after a broken journal
 THIN_EVERY_S = 3_600.0
 THIN_RUNS = 1_000
+PART_STOPS_S = 5.0  # the service manager is less patient than a hung share
 LANES_MAX = 8  # copying processes; more only fight for one disk
 LOW, CRITICAL = Amount(ratio=0.2), Amount(ratio=0.05)  # of a volume whose settings say nothing
 
@@ -190,8 +191,9 @@ class Life:
         for part in reversed(self._parts):
             stop = getattr(part, "stop", None) or part.close
             try:
-                await asyncio.get_running_loop().run_in_executor(None, stop)
-            except (OSError, JournalError) as error:
+                async with asyncio.timeout(PART_STOPS_S):
+                    await asyncio.get_running_loop().run_in_executor(None, stop)
+            except (OSError, JournalError) as error:  # a part that hangs (TimeoutError is an OSError) stays behind
                 self.log.warning("stop.failed", part=type(part).__name__, why=str(error))
         self._journal_thread.shutdown(wait=False)
 
@@ -311,7 +313,7 @@ class Life:
             self.scanner.supervise(now)
             self.executor.supervise(now)
             self.volumes.sample(now)
-            at_work = max(1, len(self.engine.snapshot()["working"]))
+            at_work = max(1, self.engine.runs.at_work)
             bandwidth = self.settings.throttle.bandwidth
             self.providers.bandwidth = None if bandwidth is None else bandwidth / at_work
             self.providers.is_paused = bool(self.engine.runs.paused_all)

@@ -112,7 +112,7 @@ class Executor:
             case model.Check():
                 self._check(effect)
             case model.Prepare(run, attempt):
-                self._call(run, attempt, lambda: self._prepare(run, attempt))
+                self._call(run, attempt, lambda: self._prepare(run, attempt), late=self._late_prepare)
             case model.Start(run, attempt, prepared):
                 self._call(run, attempt, lambda: self._start(run, attempt, prepared, find=False))
             case model.Find(run, attempt, prepared):
@@ -123,7 +123,7 @@ class Executor:
             case model.Cancel(run, attempt, handle):
                 self._call(run, attempt, lambda: self._cancel(run, attempt, handle))
             case model.Verify(run, attempt, handle):
-                self._call(run, attempt, lambda: self._verify(run, attempt, handle), deadline_s=VERIFY_DEADLINE_S)
+                self._call(run, attempt, lambda: self._verify(run, attempt, handle), VERIFY_DEADLINE_S, self._late_verify)
 
     def finished(self, run: int) -> None:
         """A run's end is journaled: let go of all that is kept for it."""
@@ -150,8 +150,12 @@ class Executor:
 
     # -------------------------------------------------------------- providers
 
-    def _call(self, run: int, attempt: int, task: Callable[[], None], deadline_s: float = CALL_DEADLINE_S) -> None:
-        self._calls.submit(task, deadline_s=deadline_s, late=lambda: self._late(run, attempt))
+    def _call(
+        self, run: int, attempt: int, task: Callable[[], None], deadline_s: float = CALL_DEADLINE_S,
+        late: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
+        told = late or self._late
+        self._calls.submit(task, deadline_s=deadline_s, late=lambda: told(run, attempt))
 
     def _late(self, run: int, attempt: int) -> None:
         at = self._clock.monotonic()
@@ -159,6 +163,15 @@ class Executor:
         self._polling.discard(run)
         self._post(model.StartUnknown(run, attempt, why, at))
         self._post(model.Polled(run, attempt, "unreachable", at, why=why))
+
+    def _late_prepare(self, run: int, attempt: int) -> None:
+        """Nothing was asked for yet: it is prepared again later."""
+        why = f"the provider did not prepare it within {CALL_DEADLINE_S:g} s"
+        self._post(model.NotStarted(run, attempt, Fault("transient", why), self._clock.monotonic()))
+
+    def _late_verify(self, run: int, attempt: int) -> None:
+        why = f"the provider did not prove it within {VERIFY_DEADLINE_S / 3_600:g} h"
+        self._post(model.CannotVerify(run, attempt, Fault("transient", why), self._clock.monotonic()))
 
     def _request(self, run: int, attempt: int) -> actions.Request:
         """Return what the attempt is to do, from the journal: a repetition is identical."""
@@ -206,7 +219,7 @@ class Executor:
         match answer:
             case actions.Refused(fault=fault):
                 self._post(model.NotStarted(run, attempt, fault, at))
-            case JournalError():  # the request itself cannot be read
+            case JournalError() if not find:  # the request itself cannot be read; else the attempt may be under way
                 self._post(model.NotStarted(run, attempt, Fault("person", answer.message, answer.hint), at))
             case Exception():  # whatever it was, the provider may have taken it
                 self._post(model.StartUnknown(run, attempt, _words(answer), at))

@@ -1,7 +1,7 @@
 """Sweeps of one root: what is there that no hint told of, and what is claimed but gone.
 
 Three depths: the mtimes of known directories; the names of those that moved
-(and once more in the next cycle, for a name made within the same clock tick);
+(and again until their mtime has stood for a tick, for a name made within the same one);
 all names by lstat, joined with their claims. Each is a generator that gives
 way after each directory or CHUNK_MAX names. Watch, then list, so that nothing
 made meanwhile falls between. Nothing is called gone unless the whole sweep
@@ -15,6 +15,7 @@ matched nor joined again.
 from __future__ import annotations
 
 import errno
+import math
 import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from trigger_daemon.roots import hashes
 
 DUTY = 50  # a sweep waits so many times its own duration for the next: at most 2 % of the time
 LOST_DUTY = 4  # one that lost hints ask for may come sooner, but a storm must not become sweeping for ever
+TICK_S = 2.0  # the coarsest clock that stamps directories (FAT): an mtime that stood longer cannot hide a new name
 SCOPES_MAX = 512  # directories waiting to be swept one by one; beyond that the whole root is cheaper
 FAULTS_MAX = 5  # faults of a sweep that are told; the rest is counted
 STATS_MAX = 1_000  # known directories whose mtime is asked for between two givings-way
@@ -41,13 +43,14 @@ _HALF = 1 << 63
 class Dir:
     """What is remembered of one directory."""
 
-    __slots__ = ("again", "flags", "fresh", "inode", "known", "met", "mtime_ns", "settled")
+    __slots__ = ("again", "flags", "fresh", "inode", "known", "met", "mtime_ns", "settled", "since")
 
-    def __init__(self, mtime_ns: int, inode: int, met: int, names: array[int]) -> None:
+    def __init__(self, mtime_ns: int, inode: int, met: int, names: array[int], since: float) -> None:
         self.mtime_ns = mtime_ns  # just before it was listed
         self.inode = inode
         self.met = met  # serial of the full sweep that met it last
         self.known = names  # hashes of its names: files, then directories
+        self.since = since  # when these names and this mtime were met first
         self.again = True  # list once more even if mtime stays
         self.flags: bytes | None = None  # for each file whether a rule wants it; None: to be matched again
         self.fresh: set[int] = set()  # hashes of names hinted since the listing
@@ -101,6 +104,7 @@ class Sweeper:
         self._full_at = self._names_at = -1.0
         self._full_ended = 0.0
         self._full_work_s = 0.0
+        self._names_work_s = 0.0
         self._work_s = 0.0  # of the sweep under way, without waiting
         self._files = 0
         self._found = 0
@@ -137,7 +141,7 @@ class Sweeper:
         self._scopes[directory] = None
         if len(self._scopes) > SCOPES_MAX:
             self._scopes = {}
-            self._full_at = -1.0
+            self._full_at = self._names_at = -1.0
 
     def knows(self, directory: str) -> bool:
         """Say whether a walk has reached this directory, so without links."""
@@ -231,6 +235,10 @@ class Sweeper:
             full = True
         walk = self._walking = Walk(full, desk.epoch, asked=self._asked)
         self._asked, self._asked_full = 0, False
+        # What is asked for from here on is not answered by this sweep: it may have passed the place already.
+        self._names_at = math.inf
+        if full:
+            self._full_at = math.inf
         watermark = desk.now()
         if full:
             self._serial += 1
@@ -260,15 +268,19 @@ class Sweeper:
             yield from self._tell_vanished(walk)
 
     def _plan(self, walk: Walk, ended: float) -> None:
-        """Set when the next sweeps are due."""
-        rest_s = DUTY * self._work_s
-        self._names_at = ended + max(self._every_s, rest_s)
+        """Set when the next sweeps are due; those asked for while this one was under way come soon."""
         self._sweeps[walk.full] += 1
         if walk.full:
-            self._full_work_s = self._work_s
+            work_s = self._full_work_s = self._work_s
             self._full_ended = ended
             # One that failed is repeated sooner: a baseline may wait for the first complete one.
-            self._full_at = ended + max(min(self._full_s, self._every_s) if walk.faults else self._full_s, rest_s)
+            wait_s = max(min(self._full_s, self._every_s) if walk.faults else self._full_s, DUTY * work_s)
+            self._full_at = min(max(self._full_at, ended + LOST_DUTY * work_s), ended + wait_s)
+        else:
+            self._names_work_s = self._work_s
+        # By their own work, whatever this sweep was: one of all files does not put off the cheap ones.
+        wait_s = max(self._every_s, DUTY * self._names_work_s)
+        self._names_at = min(max(self._names_at, ended + LOST_DUTY * self._names_work_s), ended + wait_s)
 
     def _tell_faults(self, walk: Walk) -> None:
         if walk.faults:
@@ -300,7 +312,6 @@ class Sweeper:
         ids_of: Callable[[str], tuple[int, ...]] = matcher.wants
         if before is not None and before.flags is not None and before.known == now.known:
             now.flags, now.settled = before.flags, before.settled
-            now.again = before.mtime_ns != now.mtime_ns
         elif matcher.any:
             ids = list(map(matcher.wants, files))
             ids_of = dict(zip(files, ids, strict=True)).__getitem__
@@ -357,7 +368,6 @@ class Sweeper:
             return
         now, files, dirs = listed
         now.met = known.met
-        now.again = now.mtime_ns != known.mtime_ns
         if now.known == known.known:
             now.flags, now.settled = known.flags, known.settled
         walk.todo += [path for path in self._descend(directory, dirs) if path not in self._dirs]
@@ -388,6 +398,7 @@ class Sweeper:
         desk = self._desk
         if not desk.watch(directory):
             walk.watched = False
+        began = desk.now()
         try:
             listing = desk.listing(directory)
         except OSError as error:
@@ -400,7 +411,12 @@ class Sweeper:
             return None
         names = hashes(listing.files)
         names.extend(hashes(listing.dirs))
-        now = self._dirs[directory] = Dir(listing.mtime_ns, listing.inode, self._serial, names)
+        before = self._dirs.get(directory)
+        now = self._dirs[directory] = Dir(listing.mtime_ns, listing.inode, self._serial, names, desk.now())
+        stood = before is not None and (before.mtime_ns, before.inode) == (now.mtime_ns, now.inode)
+        if before is not None and stood and before.known == names:
+            now.since = before.since
+            now.again = began - before.since < TICK_S
         return now, listing.files, listing.dirs
 
     def _unlisted(self, directory: str, error: OSError, walk: Walk) -> None:

@@ -20,6 +20,7 @@ from trigger_daemon.cli.commands import Command, Setup, absolute, pass_setup
 from trigger_daemon.core.model import (
     CLAIM_BASELINE,
     CLAIM_MARKER,
+    CLAIM_ONLY_FIRST,
     CLAIM_REWRITE_IGNORED,
     CLAIM_SKIPPED,
     RunState,
@@ -36,6 +37,7 @@ _CODES = {
     CLAIM_SKIPPED: ("skipped", "an operator left this version out (files skip)"),
     CLAIM_MARKER: ("skipped", "it acted as a marker of this rule (close_on), once"),
     CLAIM_REWRITE_IGNORED: ("skipped", "it was rewritten after it was batched (on_rewrite: ignore)"),
+    CLAIM_ONLY_FIRST: ("skipped", "the batch of its group was full before it was complete (only_first)"),
 }
 _STATES = {
     RunState.VERIFIED: "verified", RunState.HELD: "held", RunState.ABANDONED: "abandoned",
@@ -227,10 +229,13 @@ def _claimed(answers: Answers, reader: Reader, below: str, claim: ClaimOf) -> di
         case RunState.SUCCEEDED if claim.final:
             because = f"{run} SUCCEEDED: {claim.because}; its rule asks for no proof"
         case _:
-            waits = answers.waits.get(str(claim.batch), {}).get("waiting_for") or (
+            live = answers.waits.get(str(claim.batch), {})
+            waits = live.get("waiting_for") or (
                 claim.because if state in (RunState.PENDING, RunState.INACTIVE) else ""
             )
             because = f"{run} is {state or 'unknown'}" + (f", waits for {waits}" if waits else "")
+            if live.get("bytes_done"):
+                because += f", {text.size(live['bytes_done'])} done"
             if not answers.running:
                 because += "; the daemon is not running"
     return {"stage": _STATES.get(state, "batched") if state else "batched", "because": because, "run": claim.batch}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 STALE_S = 15.0  # the heartbeat comes every 2 s; a commit on a slow disk may delay it, but not so long
 WATCH_S = 1.0
+BAR = 14  # characters
 WAITING_MAX = 10  # runs of a state that are shown
 WAITING_ANSWER_S = 1.0  # status does not wait longer for the daemon than this
 QUIET_ALARMS = ("paused",)  # somebody did it on purpose
@@ -258,7 +259,6 @@ def _number(count: int | None) -> str:
 
 
 def _working(now: Mapping[str, Any]) -> Iterator[RenderableType]:
-    from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
@@ -273,9 +273,16 @@ def _working(now: Mapping[str, Any]) -> Iterator[RenderableType]:
             words += f", {text.size(run['bytes_per_s'])}/s, {text.age(run['left_s'])} left"
         grid.add_row(
             Text(f"run {run['run']}"), Text(text.safe(run["rule"])), Text(run["state"]),
-            ProgressBar(total=max(whole, 1), completed=min(done, whole), width=14), Text(words),
+            Text(_bar(done, whole)), Text(words),
         )  # fmt: skip
     yield grid
+
+
+def _bar(done: int, whole: int) -> str:
+    """Return progress that any terminal, and a file, can show."""
+    share = min(1.0, done / whole) if whole else 0.0
+    full = int(share * BAR)
+    return f"[{'#' * full}{'.' * (BAR - full)}] {100 * share:3.0f} %"
 
 
 def _waits(now: Mapping[str, Any]) -> Iterator[RenderableType]:

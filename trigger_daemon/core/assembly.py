@@ -10,13 +10,14 @@ closes while the root is away: what was true of a vanished disk proves nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trigger_daemon.core import model, patterns
 from trigger_daemon.core.model import (
     CLAIM_MARKER,
+    CLAIM_ONLY_FIRST,
     CLAIM_REWRITE_IGNORED,
     CLAIM_SKIPPED,
     Claimed,
@@ -24,9 +25,10 @@ from trigger_daemon.core.model import (
     GroupForgotten,
     GroupSet,
     Look,
+    State,
     Sweep,
 )
-from trigger_daemon.core.settle import BATCHED, BLOCKED, CLOSING, COMPLETE, SETTLING, Companion, Member, Settling
+from trigger_daemon.core.settle import BATCHED, CLOSING, COMPLETE, NO_STATE, SETTLING, Companion, Member, Settling
 
 if TYPE_CHECKING:
     from trigger_daemon.core.rules import Batch, Rule
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 FRESH_S = 1.0  # a look this young needs no repetition when the batch closes
 BATCH_FILES_MAX = 100_000  # a batch closes at this size whatever its rule says: a manifest must fit in memory
+
+LAST_SEEN_MAX = 10_000  # groups whose last file is remembered to the second before idle ones are let go
+MARK_SHARE = 20  # a group's durable mark is at most this share of `new_group_after` older than its last file
 
 Group = tuple[str, ...]
 
@@ -53,7 +58,7 @@ class Open:
     first_at: float = 0.0
     last_at: float = 0.0
     closing: str = ""  # why, while its members are looked at again
-    awaited: set[Member] = field(default_factory=set)
+    awaited: set[Member | Companion] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,8 +69,10 @@ class PendingClose:
     reason: str
     ask: int
     marker: Member | None = None
+    version: State = NO_STATE  # of the marker that acts
     swept: bool = False
     waits: set[Member] = field(default_factory=set)
+    acting: set[Open] | None = None  # batches that it closes and that are looked at once more
 
 
 class Assembly:
@@ -80,6 +87,9 @@ class Assembly:
         timers: Timers,
         out: list[Effect],
         close: Callable[[Assembly, list[Member], Mapping[str, str], str, float], int],
+        close_late: Callable[[Assembly, model.Member, Mapping[str, str], str, float], int],
+        follows: Callable[[int], Iterable[tuple[str, ...]]],
+        since: int,
         marks: dict[tuple[int, str, str], tuple[int, float]],
         utc: Callable[[float], float],
         next_ask: Callable[[], int],
@@ -96,7 +106,12 @@ class Assembly:
         self.pending: list[PendingClose] = []
         self.stalled: dict[Member, None] = {}
         self.blocked: dict[Member, None] = {}
+        self._closing_of: dict[Member, Open] = {}  # members of batches that are closing
+        self._first: dict[Group, Open] = {}  # `only_first`: the group's one batch, while it is closing
+        self._confirming: dict[Companion, list[Open]] = {}  # companions that are looked at once more, for which batches
         self._close = close
+        self._close_late = close_late
+        self._follows = follows
         self._next_ask = next_ask
         self._last_seen: dict[Group, float] = {}  # for new_group_after
         spec = rule.batch
@@ -107,7 +122,8 @@ class Assembly:
         self.settling = Settling(
             key=rule.id, rule=rule, root=root, roots=roots, quiescence_s=rule.complete.quiescence_s,
             checks=rule.complete.checks, companions=rule.complete.companions, timers=timers, out=out,
-            on_complete=self.completed, on_left=self.left, on_rewritten=self.rewritten, on_stalled=self._stall,
+            on_complete=self.completed, on_left=self.left, on_blocked=self._block, on_rewritten=self.rewritten, on_stalled=self._stall,
+            on_companion=self._companion_seen, on_late=self._late, since=since,
         )  # fmt: skip
         self.markers: Settling | None = None
         if spec and spec.close_on:
@@ -116,9 +132,28 @@ class Assembly:
                 key=-rule.id, rule=rule, root=root, roots=roots,
                 quiescence_s=rule.complete.quiescence_s if quiescence is None else quiescence,
                 checks=spec.close_on.checks, companions=(), timers=timers, out=out,
-                on_complete=self._marker, on_left=lambda m: None, on_rewritten=lambda m, at: True,
-                on_stalled=lambda m, at: None,
+                on_complete=self._marker, on_left=lambda m: None, on_blocked=lambda m: None, on_rewritten=lambda m, at: True,
+                on_stalled=lambda m, at: None, on_companion=lambda c, at: None, on_late=lambda c, m, at: None,
+                since=since,
             )  # fmt: skip
+
+    def use(self, rule: Rule) -> None:
+        """Take a rule that gathers just the same files in the same batches, and does other things with them."""
+        self.rule = self.settling.rule = rule
+        if self.markers:
+            self.markers.rule = rule
+
+    def retire(self) -> None:
+        """The rule is gone or gathers otherwise: nothing of this acts any more; what it held is found again."""
+        for open_ in (*self.groups.values(), *self.closings):
+            self._stop_timers(open_)
+        for pending in self.pending:
+            self.timers.cancel((self, pending))
+        for memory in (self.groups, self.closings, self._closing_of, self._first, self._confirming, self.pending):
+            memory.clear()
+        for settling in (self.settling, self.markers):
+            if settling is not None:
+                settling.end()
 
     # ------------------------------------------------------------- membership
 
@@ -162,15 +197,25 @@ class Assembly:
         if member.stage == CLOSING:
             self._confirmed(member, at)
             return
-        self.stalled.pop(member, None)
+        if self.stalled or self.blocked:
+            self.stalled.pop(member, None)
+            self.blocked.pop(member, None)
         if self.spec is None:
-            self._close_now([member], self.captures(member), "complete", at)
-            self._settled(member, at)
+            if at - member.seen <= FRESH_S and not member.companions and self.steady:
+                self._close_now([member], self.captures(member), "complete", at)
+            else:
+                self._begin_close(Open((), {member: None}, member.state[0]), "complete", at)
             return
         group = self.group_of(member)
-        if self.spec.only_first is not None and self._taken(group, at):
-            member.home.drop(member)  # explain names the stage from the group's mark
-            return
+        if self.spec.only_first is not None:
+            if self._taken(group, at):
+                self.claim_alone(member, CLAIM_ONLY_FIRST, at)
+                return
+            if (closing := self._first.get(group)) is not None:  # in reserve, should one of the first have changed
+                closing.members[member] = None
+                closing.bytes += member.state[0]
+                self._closing_of[member] = closing
+                return
         open_ = self.groups.get(group)
         if open_ is None:
             open_ = self.groups[group] = Open(group, first_at=at, last_at=at)
@@ -190,28 +235,25 @@ class Assembly:
 
     def left(self, member: Member) -> None:
         """A file left: gone, blocked, changed, claimed."""
-        if member.stage == BLOCKED:
-            self.blocked[member] = None
-        else:
+        if self.stalled or self.blocked:
             self.blocked.pop(member, None)
             self.stalled.pop(member, None)
-        if member.stage == CLOSING:
-            for open_ in self.closings:
-                if member in open_.members:
-                    self._remove(open_, member)
-                    open_.awaited.discard(member)
-                    if not open_.awaited:
-                        self._soon(open_)
-                    break
-        elif member.stage == COMPLETE:
-            for holding in (self.groups.get(self.group_of(member)), *self.closings):
-                if holding and member in holding.members:
-                    self._remove(holding, member)
+        if member.stage in (COMPLETE, CLOSING):
+            open_ = self._closing_of.pop(member, None) or self.groups.get(self.group_of(member))
+            if open_ is not None and member in open_.members:
+                self._remove(open_, member)
+                open_.awaited.discard(member)
+                if open_.closing and not open_.awaited:
+                    self._soon(open_)
         if self.pending:
             for pending in self.pending:
                 if member in pending.waits:
                     pending.waits.discard(member)
                     self._try_soon(pending)
+
+    def _block(self, member: Member) -> None:
+        self.left(member)
+        self.blocked[member] = None
 
     def _try_soon(self, pending: PendingClose) -> None:
         self.timers.set((self, pending), 0.0, lambda now: self._try_pending(pending, now))
@@ -273,18 +315,31 @@ class Assembly:
 
     def _begin_close(self, open_: Open, reason: str, at: float) -> None:
         """Close at once where every look is fresh; else look again first."""
-        if not self.steady:
-            return  # considered again when the root is back
+        if not self.steady:  # considered again when the root is back
+            if self.spec is None:
+                self._start_over(open_)
+            return
         if self.groups.get(open_.group) is open_:
             del self.groups[open_.group]
         self._stop_timers(open_)
         open_.closing = reason
         stale = [m for m in open_.members if at - m.seen > FRESH_S]
-        if not stale:
+        companions = {
+            c: None
+            for m in open_.members if m.companions for c in m.companions if c.quiet and at - c.answered_at > FRESH_S
+        }
+        if not stale and not companions:
             self._finish(open_, at)
             return
         self.closings[open_] = None
-        open_.awaited = set(stale)
+        self._closing_of.update(dict.fromkeys(open_.members, open_))
+        if self.spec is not None and self.spec.only_first is not None:
+            self._first[open_.group] = open_
+        open_.awaited = {*stale, *companions}
+        for companion in companions:
+            self._confirming.setdefault(companion, []).append(open_)
+        if companions:
+            self.settling.confirm(companions, at)
         by_dir: dict[str, list[str]] = {}
         for member in stale:
             member.stage = CLOSING
@@ -298,24 +353,58 @@ class Assembly:
             self.timers.cancel((self, open_, kind))
 
     def _confirmed(self, member: Member, at: float) -> None:
-        for open_ in self.closings:
-            if member in open_.awaited:
-                open_.awaited.discard(member)
-                member.stage = COMPLETE
-                if not open_.awaited:
+        open_ = self._closing_of.get(member)
+        if open_ is not None and member in open_.awaited:
+            open_.awaited.discard(member)
+            member.stage = COMPLETE
+            if not open_.awaited:
+                self._all_answered(open_, at)
+
+    def _companion_seen(self, companion: Companion, at: float | None) -> None:
+        """A companion was looked at, or is awaited by nobody any more."""
+        if not self._confirming:
+            return
+        for open_ in self._confirming.pop(companion, ()):
+            open_.awaited.discard(companion)
+            if not open_.awaited:
+                if at is None:
+                    self._soon(open_)
+                else:
                     self._all_answered(open_, at)
-                return
+
+    def _late(self, companion: Companion, member: Member, at: float) -> None:
+        """A companion has come after its file went without it: it goes alone."""
+        captures = self.named(self.group_of(member)) if self.spec else self.captures(member)
+        reason = f"late companion of {member.path}, which batch {member.batch} took"
+        self._close_late(self, companion_record(companion), captures, reason, at)
 
     def _all_answered(self, open_: Open, at: float) -> None:
         """Every look came back. Count conditions must still hold without those that changed."""
         if open_ not in self.closings or open_.awaited:
             return
-        del self.closings[open_]
+        self._unclose(open_)
         counted = open_.closing.startswith(("only_first", "files", "expect", "bytes"))
         if not self.steady or (counted and not self._still(open_)):
             self._merge_back(open_, at)
         else:
             self._finish(open_, at)
+        for pending in [p for p in self.pending if p.acting is not None and open_ in p.acting]:
+            assert pending.acting is not None
+            pending.acting.discard(open_)
+            if not pending.acting:
+                self._acted(pending, at)
+
+    def _unclose(self, open_: Open) -> None:
+        del self.closings[open_]
+        for member in open_.members:
+            self._closing_of.pop(member, None)
+        if self._first.get(open_.group) is open_:
+            del self._first[open_.group]
+
+    def _start_over(self, open_: Open) -> None:
+        """The root went away before a file without a batch of others was closed."""
+        for member in open_.members:
+            member.stage, member.state = SETTLING, NO_STATE
 
     def _still(self, open_: Open) -> bool:
         spec = self.spec
@@ -325,6 +414,9 @@ class Assembly:
         return any(files >= n for n in wanted) or (spec.bytes is not None and open_.bytes >= spec.bytes)
 
     def _merge_back(self, open_: Open, at: float) -> None:
+        if self.spec is None:
+            self._start_over(open_)
+            return
         newer = self.groups.get(open_.group)
         if newer:
             self._stop_timers(newer)
@@ -343,21 +435,28 @@ class Assembly:
 
     def _finish(self, open_: Open, at: float) -> None:
         spec = self.spec
-        assert spec is not None
         members = list(open_.members)
         if not members:
             return
-        if spec.only_first is not None:
-            members = members[: spec.only_first]
-            newer = self.groups.pop(open_.group, None)
-            for late in [*list(open_.members)[spec.only_first :], *(newer.members if newer else ())]:
-                late.stage = SETTLING  # no batch holds it any more
-                late.home.drop(late)
+        if spec is None:
+            self._close_now(members, self.captures(members[0]), open_.closing, at)
+            return
         group = self.named(open_.group)
-        batch = self._close_now(members, group, open_.closing, at)
-        self._last_seen[open_.group] = at
-        if spec.only_first is not None:
-            self._mark(canonical(group), "taken", batch, at)
+        if spec.only_first is None:
+            self._close_now(members, group, open_.closing, at)
+            return
+        batch = self._close_now(members[: spec.only_first], group, open_.closing, at)
+        self._mark(canonical(group), "taken", batch, at)
+        for late in members[spec.only_first :]:
+            late.stage = SETTLING  # no batch holds it any more
+            self.claim_alone(late, CLAIM_ONLY_FIRST, at)
+        if spec.new_group_after_s is not None:
+            self._in_use(open_.group, spec.new_group_after_s, at)
+
+    def _in_use(self, group: Group, anew_s: float, at: float) -> None:
+        self._last_seen[group] = at
+        if len(self._last_seen) > LAST_SEEN_MAX:  # of an idle one its mark says enough
+            self._last_seen = {g: last for g, last in self._last_seen.items() if at - last < anew_s}
 
     def _mark(self, group: str, kind: str, batch: int, at: float) -> None:
         time = self.utc(at)
@@ -372,15 +471,30 @@ class Assembly:
         if mark is None:
             return False
         anew = self.spec.new_group_after_s
+        if anew is None:
+            return True
         last = self._last_seen.get(group)
         idle = at - last if last is not None else self.utc(at) - mark[1]
-        self._last_seen[group] = at
-        if anew is not None and idle >= anew:
-            for kind in ("taken", "succeeded"):
-                if self.marks.pop((self.rule.id, name, kind), None):
-                    self.out.append(GroupForgotten(self.rule.id, name, kind))
+        if idle >= anew:
+            self._begin_anew(group)
             return False
+        self._in_use(group, anew, at)
+        if self.utc(at) - mark[1] >= anew / MARK_SHARE:  # so that a restart does not take the group for idle
+            self._mark(name, "taken", mark[0], at)
         return True
+
+    def _begin_anew(self, group: Group) -> None:
+        """Forget that the group had its batch, and every success that others wait for."""
+        self._last_seen.pop(group, None)
+        named = self.named(group)
+        marks = [(canonical(named), "taken"), (canonical(named), "succeeded")]
+        marks += [
+            (canonical({capture: named[capture] for capture in same}), "succeeded")
+            for same in self._follows(self.rule.id) if all(capture in named for capture in same)
+        ]  # fmt: skip
+        for name, kind in marks:
+            if self.marks.pop((self.rule.id, name, kind), None):
+                self.out.append(GroupForgotten(self.rule.id, name, kind))
 
     def _close_now(self, members: list[Member], group: Mapping[str, str], reason: str, at: float) -> int:
         batch = self._close(self, members, group, reason, at)
@@ -391,12 +505,12 @@ class Assembly:
                 member.home.release(member)
         return batch
 
-    def close_group(self, captures: Mapping[str, str], reason: str, at: float) -> int:
-        """Close every open batch whose group agrees with the captures; return how many were begun."""
+    def close_group(self, captures: Mapping[str, str], reason: str, at: float) -> list[Open]:
+        """Close every open batch whose group agrees with the captures; return those that were begun."""
         agreeing = [o for o in self.groups.values() if self._agrees(self.named(o.group), captures)]
         for open_ in agreeing:
             self._begin_close(open_, reason, at)
-        return len(agreeing)
+        return agreeing
 
     @staticmethod
     def _agrees(have: Mapping[str, str], want: Mapping[str, str]) -> bool:
@@ -407,45 +521,77 @@ class Assembly:
     def _marker(self, marker: Member, at: float) -> None:
         """A marker is complete: sweep from now on, then close what agrees."""
         assert self.spec and self.spec.close_on
-        captures = patterns.Pattern(self.spec.close_on.file, self.rule.case).match(marker.path) or {}
+        captures = patterns.compiled(self.spec.close_on.file, self.rule.case).match(marker.path) or {}
         marker.why = "closes its groups after a sweep"
         self.close_after_sweep(captures, f"close_on: {marker.path}", marker)
 
     def close_after_sweep(self, captures: Mapping[str, str], reason: str, marker: Member | None = None) -> None:
         """Close the agreeing groups once a sweep begun from now on, and all it saw, are settled."""
         ask = self._next_ask()
-        self.pending.append(PendingClose(captures, reason, ask, marker))
+        version = marker.state if marker is not None else NO_STATE
+        self.pending.append(PendingClose(captures, reason, ask, marker, version))
         self.out.append(Sweep(self.root, True, ask))
 
     def swept(self, asked: int, at: float) -> None:
         """A good full sweep has answered all asks up to `asked`."""
-        for pending in list(self.pending):
-            if not pending.swept and pending.ask <= asked:
-                pending.swept = True
-                pending.waits = {
-                    m for m in self.settling.members()
-                    if m.unsettled and m not in self.stalled and self._agrees(self.captures(m), pending.captures)
-                }  # fmt: skip
-                self._try_pending(pending, at)
+        if self.blocked:  # they may be gone, or be what they lacked by now
+            self.settling.look_at(self.blocked, at)
+        answered = [pending for pending in self.pending if not pending.swept and pending.ask <= asked]
+        if not answered:
+            return
+        for pending in answered:
+            pending.swept, pending.waits = True, set()
+        for member in self.settling.members():
+            if member.unsettled and member not in self.stalled:
+                captures = self.captures(member)
+                for pending in answered:
+                    if self._agrees(captures, pending.captures):
+                        pending.waits.add(member)
+        for pending in answered:
+            self._try_pending(pending, at)
+
+    @property
+    def asks(self) -> list[int]:
+        """Return the sweeps that are waited for."""
+        return [pending.ask for pending in self.pending if not pending.swept]
+
+    @property
+    def closes_at_time(self) -> bool:
+        """Say whether a closing at a time of day is under way."""
+        return any(pending.marker is None for pending in self.pending)
 
     def _try_pending(self, pending: PendingClose, at: float) -> None:
-        if not pending.swept or pending.waits or pending not in self.pending or not self.steady:
+        if not pending.swept or pending.waits or pending.acting is not None:
             return
+        if not self.steady or pending not in self.pending:
+            return
+        if pending.marker is not None and self.spec and self.spec.close_on and self.spec.close_on.include:
+            self._include(pending.marker, pending.version, pending.captures)
+        pending.acting = set()
+        pending.acting.update(o for o in self.close_group(pending.captures, pending.reason, at) if o in self.closings)
+        if not pending.acting:
+            self._acted(pending, at)
+
+    def _acted(self, pending: PendingClose, at: float) -> None:
+        """Its batches are closed, in this step or before: only now a restart need not do it again."""
         self.pending.remove(pending)
         marker = pending.marker
-        if marker is not None:
-            include = self.spec and self.spec.close_on and self.spec.close_on.include
-            if include:
-                self._include(marker, pending.captures)
-            self.claim_alone(marker, CLAIM_MARKER, at)
-        self.close_group(pending.captures, pending.reason, at)
+        if marker is None:
+            self._mark("", "at", 0, at)
+            return
+        row = (marker.name, pending.version[0], pending.version[1])
+        self.out.append(Claimed(marker.home.key, self.root, marker.dir, [row], CLAIM_MARKER, self.utc(at)))
+        if marker.state == pending.version and marker.stage == COMPLETE:  # else a newer version is on its way
+            marker.home.drop(marker)
 
-    def _include(self, marker: Member, captures: Mapping[str, str]) -> None:
+    def _include(self, marker: Member, version: State, captures: Mapping[str, str]) -> None:
         """The marker travels with the first group that it closes."""
+        if self.settling.get(marker.path) is not None:
+            return  # the rule matches it, too
         for open_ in self.groups.values():
             if self._agrees(self.named(open_.group), captures):
-                twin = Member(self.settling, marker.dir, marker.name, marker.state, marker.looked, 0)
-                twin.stage, twin.seen = COMPLETE, marker.seen
+                twin = Member(self.settling, marker.dir, marker.name, version, marker.looked, 0)
+                twin.stage, twin.seen = COMPLETE, float("inf")  # never looked at again: only its marker is
                 open_.members[twin] = None
                 open_.bytes += twin.state[0]
                 return
@@ -456,10 +602,13 @@ class Assembly:
         """The root cannot be trusted: no batch closes; what was closing gathers again."""
         self.steady = False
         for open_ in list(self.closings):
-            del self.closings[open_]
+            self._unclose(open_)
             self._merge_back(open_, open_.last_at)
+        self.settling.suspend()
+        if self.markers:
+            self.markers.suspend()
         for pending in self.pending:
-            pending.swept, pending.waits = False, set()
+            pending.swept, pending.waits, pending.acting = False, set(), None
 
     def root_back(self, at: float) -> None:
         """The root is there again: quiet periods start over, conditions are considered anew."""
@@ -477,9 +626,7 @@ class Assembly:
     def _stall(self, member: Member, at: float) -> None:
         self.stalled[member] = None
         if self.pending:
-            for pending in list(self.pending):
-                pending.waits.discard(member)
-                self._try_pending(pending, at)
+            self._settled(member, at)
 
     # ------------------------------------------------------------------ words
 
@@ -513,10 +660,11 @@ def record_of(assembly: Assembly, member: Member) -> model.Member:
 
 def companion_records(member: Member) -> list[model.Member]:
     """Return the companions that travel with a file."""
-    return [_companion_record(c) for c in member.companions if c.quiet and c.state is not None and c.spec is not None]
+    return [companion_record(c) for c in member.companions if c.quiet and c.state is not None]
 
 
-def _companion_record(companion: Companion) -> model.Member:
-    assert companion.state is not None and companion.spec is not None
-    role = "shared" if companion.spec.shared else "companion"
+def companion_record(companion: Companion) -> model.Member:
+    """Return a companion as a manifest keeps it."""
+    assert companion.state is not None
+    role = "shared" if companion.spec is not None and companion.spec.shared else "companion"
     return model.Member(companion.root, companion.dir, companion.name, companion.state[0], companion.state[1], role)

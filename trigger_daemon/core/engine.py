@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import datetime
 import zoneinfo
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
-from trigger_daemon.core import patterns
+from trigger_daemon.core import model, patterns
 from trigger_daemon.core.alarms import Alarms
 from trigger_daemon.core.assembly import Assembly, canonical, companion_records, record_of
 from trigger_daemon.core.model import (
@@ -57,18 +57,29 @@ from trigger_daemon.core.model import (
     Unreadable,
     UseRules,
     Vanished,
+    join,
 )
-from trigger_daemon.core.rules import Rule
+from trigger_daemon.core.regexes import PatternError
+from trigger_daemon.core.rules import Retry, Rule
 from trigger_daemon.core.runs import Run, Runs
 from trigger_daemon.core.saved import OpenRun, Saved
-from trigger_daemon.core.settle import AWAITING, BLOCKED, COMPLETE, INCOMPLETE, SETTLING, SUSPECT, Member, Settling
+from trigger_daemon.core.settle import AWAITING, BLOCKED, COMPLETE, INCOMPLETE, NO_STATE, SETTLING, SUSPECT, Member, Settling
 from trigger_daemon.core.timers import Timers
 
 SETTLING_HIGH = 100_000  # files in their quiet period at which sweeps wait: about 60 MB
 SETTLING_LOW = 50_000
 PRUNE_EVERY_S = 0.5
+SWEEP_AGAIN_S = 30.0  # after a failed sweep that something waits for; longer for a tree that takes long
+SWEEP_AGAIN_DUTY = 20
+CLOCK_AHEAD_S = 86_400.0  # a mark so far in the future was made by a clock that has been set back
 TELL_EVERY_S = 1.0
 LISTED_MAX = 10_000  # files in one answer
+
+# What of a rule decides only what is done with files, not which are gathered: changing it makes no file wait again.
+_BESIDES: dict[str, Any] = {
+    "action": "", "options": {}, "description": "", "priority": 0, "after": None, "proof": "none", "runs_max": None,
+    "bandwidth": None, "retry": Retry(), "reclaim": None, "file": "", "line": 0, "existing": "process",
+}  # fmt: skip
 
 AWAY = frozenset({"lost", "suspect"})
 
@@ -126,6 +137,7 @@ class Engine:
         self._by_root: dict[int, list[Settling]] = {}
         self._baselines: set[tuple[int, int]] = set()
         self._baseline_asks: dict[tuple[int, int], tuple[int, bool]] = {}  # -> ask, whether what is there is left out
+        self._existing: dict[str, str] = {}  # what `rules apply` decided, until its baseline is taken
         self._ask = 0
         self._last_batch = 0
         self._holding = False
@@ -186,6 +198,7 @@ class Engine:
         if paused := saved.kept.get("paused"):
             self.runs.paused_all = str(paused)
         self.runs.paused_rules = set(saved.kept.get("paused_rules") or ())
+        self._existing = {key: str(value) for key, value in saved.kept.items() if key.startswith("existing:") and value}
         self._rule_names = saved.rules
         self.root_paths.update(saved.roots)
         self._restored = saved.runs  # taken up when the first rules are known: `after` and limits hold for them
@@ -233,7 +246,7 @@ class Engine:
             settling = self._settlings.get(rule)
             if settling is None or settling.root != fact.root:
                 continue
-            if fact.cause == "sweep" and self._baseline_asks.get((rule, fact.root), (0, False))[1]:
+            if fact.cause == "sweep" and self._baseline_asks.get((abs(rule), fact.root), (0, False))[1]:
                 rows_left = self._take_baseline(settling, fact, rows)
                 if rows_left:
                     settling.found(fact, rows_left, earlier)
@@ -252,8 +265,7 @@ class Engine:
 
     def _unreadable(self, fact: Unreadable) -> None:
         for settling in self._by_root.get(fact.root, ()):
-            if settling.root == fact.root:
-                settling.unread(fact.dir, fact.names, fact.why, fact.at)
+            settling.unread(fact.root, fact.dir, fact.names, fact.why, fact.at)
 
     def _vanished(self, fact: Vanished) -> None:
         before = self._utc(fact.at) - self.keep_done_s
@@ -293,17 +305,36 @@ class Engine:
 
     def _swept(self, fact: Swept) -> None:
         if not (fact.ok and fact.full):
+            self._sweep_again(fact)
             return
         for (rule, root), (ask, _) in list(self._baseline_asks.items()):
             if root == fact.root and ask <= fact.asked:
                 del self._baseline_asks[(rule, root)]
                 self._baselines.add((rule, root))
                 self._out.append(BaselineSet(rule, root, self._utc(fact.ended)))
+                if self._existing.pop(f"existing:{rule}:{root}", None):
+                    self._out.append(Kept(f"existing:{rule}:{root}", None))
         for assembly in self.assemblies.values():
             if assembly.root == fact.root:
                 assembly.swept(fact.asked, fact.ended)
 
+    def _sweep_again(self, fact: Swept) -> None:
+        """A failed sweep answers nothing: what waits for it is asked for again, in a while."""
+        if self._waited_asks(fact.root):
+            wait = max(SWEEP_AGAIN_S, SWEEP_AGAIN_DUTY * (fact.ended - fact.watermark))
+            self.timers.set((fact.root, "sweep"), fact.ended + wait, lambda now: self._ask_again(fact.root))
+
+    def _ask_again(self, root: int) -> None:
+        if asks := self._waited_asks(root):
+            self._out.append(Sweep(root, True, max(asks)))
+
+    def _waited_asks(self, root: int) -> list[int]:
+        asks = [ask for (_, number), (ask, _) in self._baseline_asks.items() if number == root]
+        return asks + [ask for assembly in self.assemblies.values() if assembly.root == root for ask in assembly.asks]
+
     def _root_changed(self, fact: RootChanged) -> None:
+        if fact.root not in self.roots.values():
+            return  # nobody uses it any more
         before = self.root_health.get(fact.root)
         self.root_health[fact.root] = fact
         was_away = before is not None and before.health in AWAY
@@ -342,22 +373,37 @@ class Engine:
                 records += companion_records(member)
         unique = {(record.root, record.dir, record.name): record for record in reversed(records)}
         records = list(unique.values())[::-1] if len(unique) != len(records) else records
-        size = sum(record.size for record in records)
         captures = dict(group) if rule.batch else assembly.captures(members[0])
+        self._record(assembly, batch, records, captures, reason, at, again=again, waits_on=waits_on, own=len(members))
+        if not again:
+            self._batched.setdefault(assembly.root, deque()).append((batch, members))
+        return batch
+
+    def _close_late(
+        self, assembly: Assembly, companion: model.Member, captures: Mapping[str, str], reason: str, at: float
+    ) -> int:
+        """Make a batch of a companion that has come after its file went."""
+        self._last_batch += 1
+        self._record(assembly, self._last_batch, [companion], captures, reason, at)
+        return self._last_batch
+
+    def _record(
+        self, assembly: Assembly, batch: int, records: Sequence[model.Member], captures: Mapping[str, str], reason: str,
+        at: float, *, again: bool = False, waits_on: set[int] | frozenset[int] = frozenset(), own: int = 0,
+    ) -> None:  # fmt: skip
+        rule = assembly.rule
+        size = sum(record.size for record in records)
         request = self.request(rule, captures, batch, at)
-        destination = self.providers.destination(rule.action, request["options"])
-        shown = dict(group) if rule.batch else {}
+        destination = "" if "fault" in request else self.providers.destination(rule.action, request["options"])
+        shown = dict(captures) if rule.batch else {}
         self._out.append(
             BatchClosed(batch, rule.id, shown, reason, self._utc(at), records, size, request, destination,
                         tuple(sorted(waits_on)), again)  # fmt: skip
         )
         self.runs.add(
-            Run(batch, rule.name, rule.id, shown, request, destination, len(records), size, waits_on=waits_on,
-                own=len(members)), at
+            Run(batch, rule.name, rule.id, shown, request, destination, len(records), size,
+                waits_on=set(waits_on), own=own), at
         )  # fmt: skip
-        if not again:
-            self._batched.setdefault(assembly.root, deque()).append((batch, members))
-        return batch
 
     def request(self, rule: Rule, captures: Mapping[str, str], batch: int, at: float) -> dict[str, Any]:
         """Return what the run is to do, with every template rendered; frozen in the journal."""
@@ -366,13 +412,19 @@ class Engine:
         for name in self.providers.extra_names(rule.action):
             values[name] = "{" + name + "}"  # the action's own, filled in when it starts
         templates = self.providers.templates(rule.action)
-        options = {
-            name: patterns.render_all(value, values) if name in templates else value for name, value in rule.options.items()
-        }
+        options = dict(rule.options)
+        fault: dict[str, Any] = {}
+        for name in templates & options.keys():
+            try:
+                options[name] = patterns.render_all(options[name], values)
+            except (ValueError, KeyError, PatternError) as error:  # the batch is made all the same; a person mends its rule
+                why = f"it has no value for {error}" if isinstance(error, KeyError) else str(error)
+                fault = {"fault": f"`{name}` cannot be filled in: {why}"}
         return {
             "rule": rule.name, "group": dict(captures) if rule.batch else {}, "action": rule.action,
             "options": options, "captures": dict(captures), "proof": rule.proof,
             "retry": asdict(rule.retry), "bandwidth": rule.bandwidth,
+            **fault,
         }  # fmt: skip
 
     # ------------------------------------------------------------------ rules
@@ -425,15 +477,18 @@ class Engine:
         new = {rule.name: rule for rule in rules}
         fresh: set[int] = set()
         for name, old in list(self.rules.items()):
-            if new.get(name) != old:
+            now = new.get(name)
+            if now is None or replace(now, **_BESIDES) != replace(old, **_BESIDES):
                 self._retire(old)
+            elif now != old and (kept := self.assemblies.get(old.id)) is not None:
+                kept.use(now)
         before = self.rules
         for rule in rules:
             root, was = self.roots[rule.watch], before.get(rule.name)
             if rule.id not in self.assemblies:
                 assembly = Assembly(
                     rule=rule, root=root, roots=self.roots, timers=self.timers, out=self._out, close=self._close,
-                    marks=self.marks, utc=self._utc, next_ask=self._next_ask,
+                    close_late=self._close_late, follows=self.runs.follows, since=self._last_batch, marks=self.marks, utc=self._utc, next_ask=self._next_ask,
                 )  # fmt: skip
                 health = self.root_health.get(root)
                 assembly.steady = health is None or health.health not in AWAY
@@ -443,10 +498,17 @@ class Engine:
             if (rule.id, root) not in self._baselines and (rule.id, root) not in self._baseline_asks:
                 existing: str = rule.existing
                 if was and was.watch != rule.watch:
-                    existing = {"all": "process", "new": "ignore"}.get(fact.applied, rule.existing)
+                    if fact.applied in ("all", "new"):
+                        existing = {"all": "process", "new": "ignore"}[fact.applied]
+                        self._existing[f"existing:{rule.id}:{root}"] = existing
+                        self._out.append(Kept(f"existing:{rule.id}:{root}", existing))
                     if fact.applied == "same":
                         self._out.append(ClaimsCarried(rule.id, known[was.watch], root))
+                existing = self._existing.get(f"existing:{rule.id}:{root}", existing)
                 self._baseline_asks[(rule.id, root)] = (self._next_ask(), existing == "ignore")
+        served = {(rule.id, self.roots[rule.watch]) for rule in rules}
+        self._baseline_asks = {key: ask for key, ask in self._baseline_asks.items() if key in served}
+        self._forget_roots(fact.at)
         self.rules = new
         self.runs.use(list(rules), fact.at)
         if self._restored:
@@ -472,12 +534,19 @@ class Engine:
         if assembly is None:
             return
         self.timers.cancel((rule.id, "at"))
-        for settling in (assembly.settling, assembly.markers):
-            if settling is not None:
-                for member in list(settling.members()):
-                    settling.drop(member)
+        assembly.retire()
         for kind in ("stalled", "blocked"):
             self.alarms.clear(f"{kind}:{rule.name}", self._now)
+
+    def _forget_roots(self, at: float) -> None:
+        """Roots that no rule uses any more are nobody's trouble, and answer no mark."""
+        used = set(self.roots.values())
+        for root in (self.root_health.keys() | self._batched.keys() | self._marking) - used:
+            self.root_health.pop(root, None)
+            self._batched.pop(root, None)
+            self._marking.discard(root)
+        for key in [key for key in self.alarms.open if key.startswith("root:") and key[5:] not in self.roots]:
+            self.alarms.clear(key, at)
 
     # ----------------------------------------------------------- times of day
 
@@ -485,15 +554,7 @@ class Engine:
         spec = assembly.rule.batch
         if not spec or not spec.at:
             return
-        key = (assembly.rule.id, "", "at")
-        mark = self.marks.get(key)
-        due = self._last_due(spec.at, self._utc(at))
-        if mark is not None and mark[1] < due:
-            self._close_at(assembly, at, "missed while the daemon was down")
-        elif mark is None:
-            self.marks[key] = (0, self._utc(at))
-            self._out.append(GroupSet(assembly.rule.id, "", "at", 0, self._utc(at)))
-        self._arm(assembly, at)
+        self._at(assembly, at)
 
     def _arm(self, assembly: Assembly, at: float) -> None:
         spec = assembly.rule.batch
@@ -505,17 +566,15 @@ class Engine:
     def _at(self, assembly: Assembly, now: float) -> None:
         spec = assembly.rule.batch
         assert spec is not None
-        mark = self.marks.get((assembly.rule.id, "", "at"), (0, 0.0))
-        due = self._last_due(spec.at, self._utc(now))
-        if mark[1] < due:
-            self._close_at(assembly, now, datetime.datetime.fromtimestamp(due, self._zone).strftime("%H:%M"))
+        key, utc = (assembly.rule.id, "", "at"), self._utc(now)
+        mark = self.marks.get(key)
+        due = self._last_due(spec.at, utc)
+        if mark is None or mark[1] > utc + CLOCK_AHEAD_S:
+            self.marks[key] = (0, utc)
+            self._out.append(GroupSet(assembly.rule.id, "", "at", 0, utc))
+        elif mark[1] < due and not assembly.closes_at_time:  # the mark moves on when it has closed
+            assembly.close_after_sweep({}, f"at: {datetime.datetime.fromtimestamp(due, self._zone):%H:%M}")
         self._arm(assembly, now)
-
-    def _close_at(self, assembly: Assembly, at: float, words: str) -> None:
-        time = self._utc(at)
-        self.marks[(assembly.rule.id, "", "at")] = (0, time)
-        self._out.append(GroupSet(assembly.rule.id, "", "at", 0, time))
-        assembly.close_after_sweep({}, f"at: {words}")
 
     def _dues(self, times: Sequence[str], day: datetime.date) -> list[float]:
         dues = []
@@ -527,7 +586,7 @@ class Engine:
 
     def _last_due(self, times: Sequence[str], utc: float) -> float:
         today = datetime.datetime.fromtimestamp(utc, self._zone).date()
-        days = (today - datetime.timedelta(days=1), today)
+        days = (today - datetime.timedelta(days=2), today - datetime.timedelta(days=1), today)  # zones have skipped a day
         return max(due for day in days for due in self._dues(times, day) if due <= utc)
 
     def _next_due(self, times: Sequence[str], utc: float) -> float:
@@ -582,13 +641,14 @@ class Engine:
         assembly = self._assembly(str(order.args.get("rule", "")))
         if assembly is None:
             return _no(f"there is no rule {order.args.get('rule')!r}", "`trigger-daemon rules list` names them")
-        captures = {str(k): str(v) for k, v in dict(order.args.get("captures", {})).items()}
+        given = order.args.get("captures", {})
+        captures = {str(k): str(v) for k, v in given.items()} if isinstance(given, Mapping) else {}
         unknown = set(captures) - set(assembly.spec.group_by if assembly.spec else ())
         if unknown:
             return _no(f"rule {assembly.rule.name} does not group by {', '.join(sorted(unknown))}", "see `rules show`")
         if not assembly.steady:
             return _no("the root of this rule is away; nothing closes on it", "see `trigger-daemon status`")
-        count = assembly.close_group(captures, f"closed by {order.who}", order.at)
+        count = len(assembly.close_group(captures, f"closed by {order.who}", order.at))
         return {"ok": True, "closed": count, "text": f"{count} open batches are closing"}
 
     def _assembly(self, name: str) -> Assembly | None:
@@ -620,6 +680,8 @@ class Engine:
             member = assembly.settling.get(below)
             if member is None:
                 reasons.append(f"{assembly.rule.name}: not waiting here (see `trigger-daemon explain`)")
+            elif not assembly.steady or member.state is NO_STATE:
+                reasons.append(f"{assembly.rule.name}: its root is away, or just back; wait until it was looked at again")
             elif not go and (member.unsettled or member.stage in (BLOCKED, COMPLETE)):
                 assembly.skip(member, order.at)
                 done.append(assembly.rule.name)
@@ -638,11 +700,14 @@ class Engine:
         """Make a new batch of files that were claimed before; the daemon adds their present state."""
         done = []
         for item in order.args.get("files", ()):
-            assembly = self._assembly(str(item["rule"]))
-            if assembly is None:
+            try:
+                assembly = self._assembly(str(item["rule"]))
+                directory, name = str(item["dir"]), str(item["name"])
+                state = (int(item["size"]), int(item["mtime_ns"]), 0, 0)
+            except (KeyError, TypeError, ValueError):
                 continue
-            directory, name = item["dir"], item["name"]
-            state = (int(item["size"]), int(item["mtime_ns"]), 0, 0)
+            if assembly is None or patterns.captures_of(assembly.rule, join(directory, name)) is None:
+                continue
             member = Member(assembly.settling, directory, name, state, order.at, 0)
             group = assembly.captures(member)
             if assembly.spec:
@@ -657,13 +722,13 @@ class Engine:
         act = getattr(self.runs, verb)
         because = f"{verb} by {order.who}" + (f": {order.why}" if order.why else "")
         done, errors = [], []
-        for number in order.args.get("ids", ()):
-            run = self.runs.open.get(int(number))
+        for number in _numbers(order.args.get("ids", ())):
+            run = self.runs.open.get(number)
             error = act(run, because, order.at) if run else f"run {number} is not open"
             if error:
                 errors.append(error)
             else:
-                done.append(int(number))
+                done.append(number)
         if errors and not done:
             return {"ok": False, "error": "; ".join(errors[:5]), "hint": "`trigger-daemon runs list` shows states", "done": []}
         return {"ok": True, "done": done, "errors": errors, "text": f"{verb}: {len(done)} runs"}
@@ -707,13 +772,15 @@ class Engine:
             stage, words = patterns.why_not(rule, below)
             return {"stage": stage, "because": words, "until_time": None}
         member = assembly.settling.get(below)
+        spec = rule.batch
+        # Of one that has settled its claim tells; nothing else will become of one that still does.
+        if spec and spec.only_first is not None and member is not None and member.unsettled and spec.new_group_after_s is None:
+            group = canonical({name: captures.get(name, "") for name in spec.group_by})
+            mark = self.marks.get((rule.id, group, "taken"))
+            if mark is not None:
+                words = f"only_first: {spec.only_first}: batch {mark[0]} took the first of {group}"
+                return {"stage": "skipped", "because": words, "until_time": None}
         if member is None:
-            if rule.batch and rule.batch.only_first is not None:
-                group = canonical({name: captures.get(name, "") for name in rule.batch.group_by})
-                mark = self.marks.get((rule.id, group, "taken"))
-                if mark is not None:
-                    words = f"only_first: {rule.batch.only_first}: batch {mark[0]} took the first of {group}"
-                    return {"stage": "skipped", "because": words, "until_time": None}
             return {"stage": "", "because": "", "until_time": None}
         return {"stage": _STAGE[member.stage], **self._because(assembly, member), "run": member.batch or None}
 
@@ -749,7 +816,7 @@ class Engine:
                     return {"ok": True, "files": files, "more": True}
                 files.append({
                     "path": f"{assembly.rule.watch.rstrip('/')}/{member.path}", "rule": assembly.rule.name,
-                    "stage": stage, "size": member.state[0], **self._because(assembly, member),
+                    "stage": stage, "size": max(member.state[0], 0), **self._because(assembly, member),
                 })  # fmt: skip
         return {"ok": True, "files": files, "more": False}
 
@@ -767,7 +834,7 @@ class Engine:
 
     def _waiting(self, order: Order) -> dict[str, Any]:
         ids = order.args.get("ids", ())
-        runs = {str(n): self._run_words(self.runs.open[n]) for n in map(int, ids) if n in self.runs.open}
+        runs = {str(n): self._run_words(self.runs.open[n]) for n in _numbers(ids) if n in self.runs.open}
         return {"ok": True, "runs": runs}
 
     def _run_words(self, run: Run) -> dict[str, Any]:
@@ -796,8 +863,17 @@ class Engine:
 
     def snapshot(self) -> dict[str, Any]:
         """Return what the heartbeat tells the command line."""
+        batched: Counter[Settling] = Counter()  # counted once for all rules: there may be a thousand
+        for queue in self._batched.values():
+            for _, members in queue:
+                if members:
+                    batched[members[0].home] += len(members)
+        tallies: dict[int, dict[str, list[int]]] = {}
+        for (number, state), counts in self.runs.tally.items():
+            if counts[0]:
+                tallies.setdefault(number, {})[state] = counts
         return {
-            "rules": [self._rule_words(rule) for rule in self.rules.values()] + self._removed(),
+            "rules": [self._rule_words(rule, batched, tallies) for rule in self.rules.values()] + self._removed(tallies),
             "alarms": [
                 {"key": key, "what": a.what, "hint": a.hint, "since_time": a.since_time, "acked_by": a.acked_by or None}
                 for key, a in self.alarms.open.items()
@@ -818,38 +894,44 @@ class Engine:
             ][:50],
         }  # fmt: skip
 
-    def _rule_words(self, rule: Rule) -> dict[str, Any]:
+    def _rule_words(
+        self, rule: Rule, batched: Mapping[Settling, int], tallies: Mapping[int, Mapping[str, list[int]]]
+    ) -> dict[str, Any]:
         assembly = self.assemblies[rule.id]
         stages: dict[str, int] = {}
         for kind in ("blocked", "stalled"):
             stages[kind] = len(getattr(assembly, kind))
         complete = sum(len(o.members) for o in (*assembly.groups.values(), *assembly.closings))
-        batched = sum(len(m) for queue in (self._batched.get(assembly.root, ()),) for _, m in queue if m and m[0].home is assembly.settling)
-        settling = assembly.settling.count - complete - batched - stages["blocked"]
+        settling = assembly.settling.count - complete - batched[assembly.settling] - stages["blocked"]
         return {
             "name": rule.name, "state": "paused" if rule.name in self.runs.paused_rules else "active",
-            "settling": max(settling, 0), "complete": complete, **stages, **self._tally(rule.id),
+            "settling": max(settling, 0), "complete": complete, **stages, **_tally(tallies.get(rule.id, {})),
         }  # fmt: skip
 
-    def _tally(self, rule: int) -> dict[str, Any]:
-        counts = {state: c for (number, state), c in self.runs.tally.items() if number == rule and c[0]}
-        done = [c for state, c in counts.items() if state == RunState.VERIFIED]
-        done += [c for state, c in counts.items() if state == RunState.SUCCEEDED]
-        return {
-            "runs": {str(state): c[0] for state, c in counts.items()},
-            "files_done": sum(c[1] for c in done), "bytes_done": sum(c[2] for c in done),
-        }  # fmt: skip
-
-    def _removed(self) -> list[dict[str, Any]]:
+    def _removed(self, tallies: Mapping[int, Mapping[str, list[int]]]) -> list[dict[str, Any]]:
         """Rules that are gone but have open runs."""
         gone: dict[str, int] = {}
         for run in self.runs.open.values():
             if run.rule not in self.rules:
                 gone[run.rule] = run.rule_id
         return [
-            {"name": name, "state": "removed", "settling": 0, "complete": 0, "blocked": 0, "stalled": 0, **self._tally(number)}
+            {"name": name, "state": "removed", "settling": 0, "complete": 0, "blocked": 0, "stalled": 0,
+             **_tally(tallies.get(number, {}))}
             for name, number in gone.items()
         ]  # fmt: skip
+
+
+def _tally(counts: Mapping[str, list[int]]) -> dict[str, Any]:
+    done = [c for state, c in counts.items() if state in (RunState.VERIFIED, RunState.SUCCEEDED)]
+    return {
+        "runs": {str(state): c[0] for state, c in counts.items()},
+        "files_done": sum(c[1] for c in done), "bytes_done": sum(c[2] for c in done),
+    }  # fmt: skip
+
+
+def _numbers(given: Any) -> list[int]:
+    """Return the whole numbers among what an order names."""
+    return [n for n in given if isinstance(n, int)] if isinstance(given, list | tuple) else []
 
 
 def _no(error: str, hint: str) -> dict[str, Any]:

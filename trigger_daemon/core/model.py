@@ -34,6 +34,7 @@ CLAIM_BASELINE = 0  # there when the rule was first accepted with `existing: ign
 CLAIM_SKIPPED = -1  # `files skip`
 CLAIM_MARKER = -2  # a marker version that acted
 CLAIM_REWRITE_IGNORED = -3  # `on_rewrite: ignore`
+CLAIM_ONLY_FIRST = -4  # `only_first`: complete after its group's batch was full
 
 Cause = Literal["hint", "deadline", "sweep"]
 Signal = Literal["none", "close", "rename"]

@@ -8,6 +8,7 @@ that the last one has ended.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,7 +200,7 @@ class Runs:
             if kind == "destination":  # was down, and is probed before all others start
                 why = alarm.what.partition(" is down: ")[2]
                 self.down[destination] = Down(why, alarm.hint, 0, at)
-                self.timers.set(("probe", destination), at, lambda now, name=destination: self._probe(name, now))
+                self.timers.set(("probe", destination), at, functools.partial(self._probe, destination))
         for old in saved:
             run = Run(
                 old.id, names.get(old.rule, str(old.rule)), old.rule, old.group, old.request, old.destination, old.files, old.bytes,
@@ -603,6 +604,10 @@ class Runs:
                 # Should the probe come to nothing (cancelled, paused), another one follows.
                 self.timers.set(("probe", destination), now + 600.0, lambda later: self._probe(destination, later))
                 return
+        probe = self.open.get(down.probing)
+        if probe is not None and probe.slot:  # still at work, and nobody else waits
+            self.timers.set(("probe", destination), now + 600.0, lambda later: self._probe(destination, later))
+            return
         del self.down[destination]
         self.alarms.clear(f"destination:{destination}", now)
 

@@ -9,8 +9,8 @@ insertion, and the per-file path makes one object a file and no timer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trigger_daemon.core import patterns
@@ -37,14 +37,19 @@ NO_STATE: State = (-1, -1, -1, -1)  # equal to no look's result
 UNSETTLED = frozenset({SETTLING, AWAITING, CHECKING, INCOMPLETE, SUSPECT})
 
 COMPANION_LOOK_S = 5.0  # how often an awaited companion is looked for; a look costs microseconds
+INCOMPLETE_LOOK_MAX_S = 300.0  # and how rarely an old incomplete file is; its checks read some kilobytes
+LATE_LOOK_S = 60.0  # how often companions are looked for that others went without
+LATE_MAX = 10_000  # of them in one rule, the newest; each is one lstat a minute
 LOOK_NAMES_MAX = 1_000  # names in one Look: the pair of instants of its answer must stay tight
+
+_NEVER = float("-inf")
 
 _RANK = {Verdict.COMPLETE: 0, Verdict.UNKNOWN: 1, Verdict.SUSPECT: 2, Verdict.INCOMPLETE: 3}
 
 
 @dataclass(slots=True, eq=False)
 class Companion:
-    """A file that another one waits for."""
+    """A file that others wait for: one object for all of them, as a thousand movies may need one gain reference."""
 
     spec: With | None  # None: a check asked for it by name
     root: int
@@ -55,6 +60,10 @@ class Companion:
     quiet: bool = False
     verdict: Verdict | None = None
     why: str = "not there yet"
+    asked_at: float = _NEVER  # when the look that is under way was asked for
+    answered_at: float = _NEVER  # when the last answered look began
+    checking: State | None = None  # the state that is being checked
+    members: dict[Member, None] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -99,6 +108,11 @@ class Settling:
     `on_complete(member, at)` is told of each complete file, `on_left(member)`
     of each that stopped being unsettled, `on_rewritten(member, at)` decides
     about a file whose earlier version was claimed: True lets it go on.
+    `on_companion(companion, at)` is told of each answered look at a companion,
+    with None when nobody waits for it any more, and `on_late(companion, member,
+    at)` of one that has come complete after its file went without it. Claims
+    joined before batch `since` are too old to be trusted: what this object
+    remembers of claimed files begins there.
     """
 
     def __init__(
@@ -115,8 +129,12 @@ class Settling:
         out: list[Effect],
         on_complete: Callable[[Member, float], None],
         on_left: Callable[[Member], None],
+        on_blocked: Callable[[Member], None],
         on_rewritten: Callable[[Member, float], bool],
         on_stalled: Callable[[Member, float], None],
+        on_companion: Callable[[Companion, float | None], None],
+        on_late: Callable[[Companion, Member, float], None],
+        since: int,
     ) -> None:
         self.key = key
         self.rule = rule
@@ -130,16 +148,21 @@ class Settling:
         self.trust = rule.complete.trust
         self.dirs: dict[str, dict[str, Member]] = {}
         self.queue: dict[Member, float] = {}  # SETTLING members by deadline, earliest first
-        self.awaited: dict[tuple[int, str], dict[str, dict[Member, Companion]]] = {}
-        self.unreadable: dict[Member, str] = {}
+        self.awaited: dict[tuple[int, str], dict[str, list[Companion]]] = {}
+        self.late: dict[Companion, Member] = {}  # companions that their file went without, oldest first
         self.first_seen: dict[Member, float] = {}  # only of members that did not settle at the first try
-        self.agreed: set[Member] = set()  # their own checks agreed; those of companions are still running
+        self.agreed: dict[Member, tuple[Verdict, str]] = {}  # what their own checks said; those of companions still run
         self.count = 0
         self._open: dict[str, Member] | None = None  # the directory that `found` is filling
         self._on_complete = on_complete
         self._on_left = on_left
+        self._on_blocked = on_blocked
         self._on_rewritten = on_rewritten
         self._on_stalled = on_stalled
+        self._on_companion = on_companion
+        self._on_late = on_late
+        self._since = since
+        self._away = False
 
     # ------------------------------------------------------------------ looks
 
@@ -151,9 +174,10 @@ class Settling:
             members = self.dirs[directory] = {}
         self._open = members
         hinted = fact.cause == "hint"
-        trusted = fact.as_of >= 0 and fact.signal in self.trust
+        trusted = fact.as_of >= self._since and fact.signal in self.trust
         due = ended + self.quiescence_s
         queue = self.queue
+        awaiting: list[Member] = []
         for name, state, _ in rows:
             member = members.get(name)
             if member is None:
@@ -166,7 +190,8 @@ class Settling:
                 else:
                     queue[member] = due
                 if self.specs and member.stage == SETTLING:
-                    self._await_companions(member)
+                    self._register_all(member)
+                    awaiting.append(member)
             elif state is None:
                 self._absent(member)
             elif member.stage == BATCHED and state[:2] == member.state[:2]:
@@ -179,6 +204,8 @@ class Settling:
         self._open = None
         if not members:
             del self.dirs[directory]
+        if awaiting:
+            self._look_at((c for m in awaiting for c in m.companions), ended, always=True)
 
     def answered(self, fact: Seen) -> None:
         """Take the answer to a `Look`: claims are joined, absent names are rows without a state."""
@@ -190,17 +217,28 @@ class Settling:
                     self._look(member, state, wants, fact)
         if self.awaited and (names := self.awaited.get((fact.root, fact.dir))):
             for name, state, _ in fact.rows:
-                for member, companion in list(names.get(name, {}).items()):
-                    self._companion_look(member, companion, state, fact)
+                for companion in tuple(names.get(name, ())):
+                    self._companion_look(companion, state, fact)
 
-    def unread(self, directory: str, names: Sequence[str], why: str, at: float) -> None:
+    def unread(self, root: int, directory: str, names: Sequence[str], why: str, at: float) -> None:
         """Take that names could not be looked at: not yet, never gone."""
-        members = self.dirs.get(directory, {})
-        for name in names:
-            member = members.get(name)
-            if member is not None and member.unsettled:
-                member.why = why
-                self._requeue(member, at)
+        members = self.dirs.get(directory) if root == self.root and not self._away else None
+        for name in names if members else ():
+            member = members.get(name) if members else None
+            if member is None or not (member.unsettled or member.stage == CLOSING):
+                continue
+            if member.stage == CLOSING:
+                self._on_left(member)
+            self.timers.cancel(member)  # what its stage waited for
+            self._requeue(member, at)
+            member.why = why
+            if at - self.first_seen.setdefault(member, member.looked) >= self.rule.complete.stalled_after_s:
+                self._on_stalled(member, at)
+        awaited = self.awaited.get((root, directory))
+        for companion in [c for name in names for c in awaited.get(name, ())] if awaited else ():
+            changed = companion.state != NO_STATE
+            companion.state, companion.quiet, companion.verdict, companion.why = NO_STATE, False, None, why
+            self._companion_answered(companion, at, at, changed=changed)
 
     def _look(self, member: Member, state: State | None, wants: tuple[tuple[int, int], ...], fact: Seen) -> None:
         if state is None:
@@ -229,8 +267,7 @@ class Settling:
             elif member not in self.queue:
                 self.queue[member] = member.looked + self.quiescence_s
         elif member.stage == INCOMPLETE:
-            member.seen = fact.began
-            self._look_later(member, fact.ended)
+            self._quiet(member, fact.began)  # what is wrong may lie elsewhere: a linked file, a disk that failed once
 
     def _again(self, member: Member, state: State, looked: float, earlier: int) -> None:
         """Start the quiet period over, with a new state or after a hint."""
@@ -239,17 +276,15 @@ class Settling:
             self.dirs[member.dir][member.name] = fresh
             self.queue[fresh] = looked + self.quiescence_s
             if self.specs:
-                self._await_companions(fresh)
+                self._await_companions(fresh, looked)
             return
         if member.stage in (COMPLETE, CLOSING, BLOCKED):
             self._on_left(member)
-        first = self.first_seen.setdefault(member, member.looked)
+        first = self.first_seen.setdefault(member, looked if member.state is NO_STATE else member.looked)
         member.state, member.looked, member.seen = state, looked, looked
         member.stage, member.why, member.flag = SETTLING, "", ""
         if earlier:
             member.earlier = earlier
-        for companion in member.companions:
-            companion.verdict = None
         self.timers.cancel(member)
         if looked - first >= self.rule.complete.stalled_after_s:
             self._on_stalled(member, looked)
@@ -274,6 +309,7 @@ class Settling:
         if not due:
             return
         by_dir: dict[str, list[str]] = {}
+        companions: list[Companion] = []
         for member in due:
             del queue[member]
             names = by_dir.get(member.dir)
@@ -281,7 +317,9 @@ class Settling:
                 names = by_dir[member.dir] = []
             names.append(member.name)
             if member.companions:
-                self._look_at_companions(member)
+                companions += member.companions
+        if companions:
+            self._look_at(companions, now, always=True)
         self._emit_looks(self.root, by_dir)
 
     def deadline(self) -> float | None:
@@ -290,17 +328,31 @@ class Settling:
             return due
         return None
 
+    def suspend(self) -> None:
+        """The root is away: nothing that was seen, doubted, checked or waited for counts."""
+        self._away = True
+        self.queue.clear()
+        self.agreed.clear()
+        for member in self.members():
+            if member.unsettled:
+                self.timers.cancel(member)
+                self.timers.cancel((member, "stall"))
+                self.first_seen.pop(member, None)
+                member.state = NO_STATE  # so that the next answer cannot count as the second look
+                member.stage, member.why = SETTLING, ""
+
     def relook(self) -> None:
-        """Start every quiet period over with a fresh look (the root was away)."""
+        """Start every quiet period over with a fresh look: the root is back."""
+        self._away = False
+        self.look_at([member for member in self.members() if member.unsettled])
+
+    def look_at(self, members: Iterable[Member], companions_at: float | None = None) -> None:
+        """Look at some files now, and with an instant at their companions, too."""
         by_dir: dict[str, list[str]] = {}
-        for members in self.dirs.values():
-            for member in members.values():
-                if member.unsettled:
-                    member.state = NO_STATE  # so that the answer cannot count as the second look
-                    self.timers.cancel(member)
-                    self.queue.pop(member, None)
-                    member.stage = SETTLING
-                    by_dir.setdefault(member.dir, []).append(member.name)
+        for member in members:
+            by_dir.setdefault(member.dir, []).append(member.name)
+            if companions_at is not None and member.companions:
+                self._look_at(member.companions, companions_at, always=True)
         self._emit_looks(self.root, by_dir)
 
     def _emit_looks(self, root: int, by_dir: dict[str, list[str]]) -> None:
@@ -323,7 +375,7 @@ class Settling:
             return
         if member.companions or self.specs:
             if not member.companions:
-                self._await_companions(member)
+                self._await_companions(member, at)
             waiting = self._waiting_for(member, at)
             if waiting:
                 self._await(member, waiting, at)
@@ -339,9 +391,11 @@ class Settling:
             self._companions_judged(member, at)
             return
         member.stage, member.why = CHECKING, "its checks are running"
-        self.agreed.discard(member)
+        self.agreed.pop(member, None)
         for companion in pending:
-            assert companion.state is not None
+            if companion.state is None or companion.checking == companion.state:
+                continue  # another file has asked for it
+            companion.checking = companion.state
             self.out.append(Check(self.key, companion.root, companion.path, companion.state, companion.checks))
         if self.checks:
             there = tuple((c.root, c.path) for c in member.companions if c.quiet)
@@ -354,31 +408,42 @@ class Settling:
             member = self.dirs.get(directory, {}).get(name)
             if member is not None and member.stage == CHECKING and member.state == fact.state:
                 self._verdict(member, fact)
-        for member, companion in list(self.awaited.get((fact.root, directory), {}).get(name, {}).items()):
-            if companion.state == fact.state and member.stage == CHECKING:
-                companion.verdict, companion.why = fact.verdict, fact.why
-                if not self.checks or member in self.agreed:  # answers come in any order
+        for companion in tuple(self.awaited.get((fact.root, directory), {}).get(name, ())):
+            if companion.checking != fact.state:
+                continue
+            companion.checking = None
+            if companion.state != fact.state:
+                continue
+            companion.verdict, companion.why = fact.verdict, fact.why
+            for member in list(companion.members):
+                if member.stage == CHECKING and (not self.checks or member in self.agreed):  # in any order
                     self._companions_judged(member, fact.at)
+            self._late(companion, fact.at)
 
     def _verdict(self, member: Member, fact: Checked) -> None:
         member.why = fact.why
         missing = [n for n in fact.needs if all(c.name != n or c.dir != member.dir for c in member.companions)]
         if missing:
             for name in missing:
-                self._register(member, Companion(None, self.root, member.dir, name))
+                self._register(member, None, self.root, member.dir, name)
             self._await(member, f"needs {', '.join(missing[:3])}", fact.at)
             return
         if fact.verdict == Verdict.INCOMPLETE:
             self._incomplete(member, fact.why, fact.at)
+        elif member.companions:
+            self.agreed[member] = (fact.verdict, fact.why)
+            self._companions_judged(member, fact.at)
         elif fact.verdict == Verdict.SUSPECT:
             self._suspect(member, fact.why, fact.at)
         else:
-            if member.companions:
-                self.agreed.add(member)
-            self._companions_judged(member, fact.at)
+            self.complete(member, fact.at)
 
     def _companions_judged(self, member: Member, at: float) -> None:
-        worst, why = Verdict.COMPLETE, ""
+        waiting = self._waiting_for(member, at)
+        if waiting:  # one has changed during the check: what was read is void
+            self._await(member, waiting, at)
+            return
+        worst, why = self.agreed.get(member, (Verdict.COMPLETE, ""))
         for companion in member.companions:
             if companion.quiet and companion.checks:
                 if companion.verdict is None:
@@ -406,7 +471,7 @@ class Settling:
         """The file cannot go on by itself; a person decides."""
         self._settled(member)
         member.stage, member.why = BLOCKED, why
-        self._on_left(member)
+        self._on_blocked(member)
 
     def _settled(self, member: Member) -> None:
         if member.stage == SETTLING:
@@ -414,7 +479,7 @@ class Settling:
         else:
             self.timers.cancel(member)
         if self.agreed:
-            self.agreed.discard(member)
+            self.agreed.pop(member, None)
         if self.first_seen:
             self.first_seen.pop(member, None)
             self.timers.cancel((member, "stall"))
@@ -426,9 +491,15 @@ class Settling:
         self._look_later(member, at)
 
     def _look_later(self, member: Member, at: float) -> None:
-        """An incomplete file is looked at again each quiet period: its next bytes may come without a hint."""
-        wait = max(self.quiescence_s, 1.0)
-        self.timers.set(member, at + wait, lambda now: self._emit_looks(self.root, {member.dir: [member.name]}))
+        """An incomplete file is looked at and checked again, ever more rarely: the rest may come without a hint."""
+        age = at - self.first_seen.get(member, at)
+        wait = max(self.quiescence_s, 1.0, min(age / 10, INCOMPLETE_LOOK_MAX_S))
+        self.timers.set(member, at + wait, lambda now: self._look_again(member, now))
+
+    def _look_again(self, member: Member, now: float) -> None:
+        if member.companions:
+            self._look_at(member.companions, now, always=True)
+        self._emit_looks(self.root, {member.dir: [member.name]})
 
     def _suspect(self, member: Member, why: str, at: float) -> None:
         if self.rule.complete.suspect_s is None:
@@ -442,17 +513,21 @@ class Settling:
         member.flag = "suspect"
         self.complete(member, now)
 
-    def _watch_stall(self, member: Member, at: float) -> None:
+    def _watch_stall(self, member: Member, at: float, least_s: float = 0.0) -> None:
         key = (member, "stall")
         if self.timers.at(key) is None:
             first = self.first_seen.get(member, member.looked)
-            due = first + self.rule.complete.stalled_after_s
+            due = first + max(self.rule.complete.stalled_after_s, least_s)
             self.timers.set(key, max(due, at), lambda now: self._on_stalled(member, now))
 
     # ------------------------------------------------------------- companions
 
-    def _await_companions(self, member: Member) -> None:
+    def _await_companions(self, member: Member, at: float) -> None:
         """Begin to look at the companions at once, so that their quiet periods run beside the file's own."""
+        self._register_all(member)
+        self._look_at(member.companions, at, always=True)
+
+    def _register_all(self, member: Member) -> None:
         captures = patterns.captures_of(self.rule, member.path)
         if captures is None:
             return
@@ -460,21 +535,42 @@ class Settling:
             path = patterns.render(spec.file, captures)
             root = self.roots.get(spec.root)
             if root is not None:
-                self._register(member, Companion(spec, root, *split(str(path))))
-        self._look_at_companions(member)
+                self._register(member, spec, root, *split(str(path)))
 
-    def _register(self, member: Member, companion: Companion) -> None:
+    def _register(self, member: Member, spec: With | None, root: int, directory: str, name: str) -> None:
+        sharing = self.awaited.setdefault((root, directory), {}).setdefault(name, [])
+        companion = next((c for c in sharing if c.spec is spec), None)
+        if companion is None:
+            companion = Companion(spec, root, directory, name)
+            sharing.append(companion)
+        companion.members[member] = None
         member.companions = (*member.companions, companion)
-        names = self.awaited.setdefault((companion.root, companion.dir), {})
-        names.setdefault(companion.name, {})[member] = companion
 
-    def _look_at_companions(self, member: Member) -> None:
-        for companion in member.companions:
-            self._emit_looks(companion.root, {companion.dir: [companion.name]})
+    @property
+    def _companion_look_s(self) -> float:
+        return min(COMPANION_LOOK_S, max(self.quiescence_s, 0.05))
 
-    def _companion_look(self, member: Member, companion: Companion, state: State | None, fact: Seen) -> None:
+    def _look_at(self, companions: Iterable[Companion], at: float, *, always: bool = False) -> None:
+        """Look at companions, at each once: not where a look is under way, and only `always` where one was just answered."""
+        by_place: dict[tuple[int, str], list[str]] = {}
+        for companion in companions:
+            if at < companion.asked_at + 60.0:
+                continue
+            ripe = companion.state is not None and companion.answered_at < companion.looked + self.quiescence_s <= at
+            if always or ripe or at >= companion.answered_at + self._companion_look_s:
+                companion.asked_at = at
+                by_place.setdefault((companion.root, companion.dir), []).append(companion.name)
+        for (root, directory), names in by_place.items():
+            self._emit_looks(root, {directory: names})
+
+    def confirm(self, companions: Iterable[Companion], at: float) -> None:
+        """Look at companions once more: their batch is closing."""
+        self._look_at(companions, at, always=True)
+
+    def _companion_look(self, companion: Companion, state: State | None, fact: Seen) -> None:
+        was = (companion.state, companion.quiet)
         if state is None:
-            companion.state, companion.quiet, companion.why = None, False, "not there yet"
+            companion.state, companion.quiet, companion.verdict, companion.why = None, False, None, "not there yet"
         elif state != companion.state:
             companion.state, companion.looked, companion.quiet = state, fact.ended, False
             companion.verdict, companion.why = None, "still settling"
@@ -483,12 +579,22 @@ class Settling:
                 companion.quiet, companion.why = True, ""
             else:
                 companion.why = "empty"
-        if member.stage == AWAITING:
-            waiting = self._waiting_for(member, fact.ended)
-            if waiting:
-                member.why = waiting
-            else:
-                self._judge(member, fact.ended)
+        changed = (companion.state, companion.quiet) != was
+        self._companion_answered(companion, fact.began, fact.ended, changed=changed)
+
+    def _companion_answered(self, companion: Companion, began: float, at: float, *, changed: bool) -> None:
+        companion.asked_at, companion.answered_at = _NEVER, began
+        for member in list(companion.members) if changed else ():
+            if member.stage == AWAITING:
+                waiting = self._waiting_for(member, at)
+                if waiting:
+                    member.why = waiting
+                else:
+                    self._judge(member, at)
+            elif member.stage in (COMPLETE, CLOSING) or (member.stage == BLOCKED and companion.state is not None):
+                self._again(member, member.state, at, member.earlier)
+        self._on_companion(companion, at)
+        self._late(companion, at)
 
     def _waiting_for(self, member: Member, at: float) -> str:
         """Return what is missing, '' if nothing is waited for any more."""
@@ -504,12 +610,15 @@ class Settling:
 
     def _await(self, member: Member, why: str, at: float) -> None:
         member.stage, member.why = AWAITING, why
+        self.first_seen.setdefault(member, member.looked)
+        self._watch_stall(member, at, max((c.spec.wait_s for c in member.companions if c.spec), default=0.0))
         self._companion_timer(member, at)
 
     def _companion_timer(self, member: Member, at: float) -> None:
-        # Look again just after the younger companions can have become quiet.
-        again = min(COMPANION_LOOK_S, max(self.quiescence_s, 0.05))
-        self.timers.set(member, at + again, lambda now: self._companion_due(member, now))
+        # Look again just when the younger companions can have become quiet.
+        quiet = [c.looked + self.quiescence_s for c in member.companions if c.state is not None and not c.quiet]
+        due = min([at + self._companion_look_s, *(end for end in quiet if end > at)])
+        self.timers.set(member, due, lambda now: self._companion_due(member, now))
 
     def _companion_due(self, member: Member, now: float) -> None:
         if member.stage != AWAITING:
@@ -522,8 +631,8 @@ class Settling:
         if not self._waiting_for(member, now):
             self._judge(member, now)
             return
-        self._look_at_companions(member)
         self._companion_timer(member, now)
+        self._look_at(member.companions, now)
 
     def waits_until(self, member: Member) -> float | None:
         """Return when the wait for a missing companion ends (monotonic), None if nothing ends it."""
@@ -531,6 +640,14 @@ class Settling:
         return member.seen + min(ends) if ends else None
 
     # ------------------------------------------------------------------- ends
+
+    def end(self) -> None:
+        """Let go of everything."""
+        self.timers.cancel((self, "late"))
+        for member in list(self.members()):
+            self.drop(member)
+        self.late.clear()
+        self.awaited.clear()
 
     def drop(self, member: Member) -> None:
         """Let go of a file: gone, claimed, skipped."""
@@ -549,17 +666,64 @@ class Settling:
         self.release(member)
 
     def release(self, member: Member) -> None:
-        """Look for the file's companions no more."""
+        """Look for the file's companions no more, but for those that it goes without: they are awaited for themselves."""
         for companion in member.companions:
-            place = (companion.root, companion.dir)
-            names = self.awaited.get(place, {})
-            if (waiting := names.get(companion.name)) is not None:
-                waiting.pop(member, None)
-                if not waiting:
-                    del names[companion.name]
-                if not names:
-                    self.awaited.pop(place, None)
+            spec = companion.spec
+            if member.batch and spec and spec.missing == "go" and not spec.shared and companion.state is None:
+                self._go_without(companion, member)
+            else:
+                self._let_go(companion, member)
         member.companions = ()
+
+    def _let_go(self, companion: Companion, member: Member) -> None:
+        companion.members.pop(member, None)
+        if companion.members:
+            return
+        place = (companion.root, companion.dir)
+        names = self.awaited.get(place, {})
+        sharing = [c for c in names.get(companion.name, ()) if c is not companion]
+        if sharing:
+            names[companion.name] = sharing
+        else:
+            names.pop(companion.name, None)
+        if not names:
+            self.awaited.pop(place, None)
+        self._on_companion(companion, None)
+
+    # ---------------------------------------------------------- late companions
+
+    def _go_without(self, companion: Companion, member: Member) -> None:
+        if companion not in self.late:
+            self.late[companion] = member
+            if len(self.late) > LATE_MAX:
+                oldest, its = next(iter(self.late.items()))
+                self._forget_late(oldest, its)
+        key = (self, "late")
+        if self.timers.at(key) is None:
+            self.timers.set(key, member.seen + LATE_LOOK_S, self._look_for_late)
+
+    def _look_for_late(self, now: float) -> None:
+        if self.late:
+            self.timers.set((self, "late"), now + LATE_LOOK_S, self._look_for_late)
+            self._look_at(self.late, now, always=True)
+
+    def _late(self, companion: Companion, at: float) -> None:
+        """One that its file went without goes alone, once it is quiet and its checks agree."""
+        if not self.late or not companion.quiet or (member := self.late.get(companion)) is None:
+            return
+        if companion.checks and companion.verdict is None:
+            if companion.state is not None and companion.checking is None:
+                companion.checking = companion.state
+                self.out.append(Check(self.key, companion.root, companion.path, companion.state, companion.checks))
+        elif companion.verdict == Verdict.INCOMPLETE:
+            companion.quiet, companion.verdict = False, None  # checked again at the next look
+        else:
+            self._forget_late(companion, member)
+            self._on_late(companion, member, at)
+
+    def _forget_late(self, companion: Companion, member: Member) -> None:
+        self.late.pop(companion, None)
+        self._let_go(companion, member)
 
     def members(self) -> Iterator[Member]:
         """Yield every file that is known here."""

@@ -135,7 +135,7 @@ def _commands(facility: Facility, odd: Sequence[Mapping[str, Any]]) -> list[str]
     program = _program()
     commands = [f"export {FILE_VARIABLE}={quote(str(facility.config))}"]
     commands += [f"{program} {rest}" for rest in ("runs list", "runs show 1", "rules list", "journal check")]
-    commands.append(f"{program} serve &")
+    commands.append(f"{program} serve 2> {quote(str(facility.base / 'serve.log'))} &")
     blocked = next((quote(item["path"]) for item in odd if not item["arrives"]), None)
     if blocked is not None:
         commands += [f"{program} {rest}" for rest in ("status", f"explain {blocked}", f"files go {blocked}")]

@@ -59,7 +59,7 @@ class Facility:
         shutil.copyfile(_HERE / "first_look.py", self.look)
         self.config.write_text(_CONFIG.substitute(STATE=_quoted(self.state), RULES=_quoted(self.rules)))
         rules = string.Template((_HERE / "rules.yaml").read_text())
-        paths = {
+        paths: dict[str, Path | str] = {
             "EPU": self.epu, "SSX": self.ssx, "KRIOS": self.krios, "CHIPS": self.chips, "PYTHON": sys.executable,
             "LOOK": self.look,
         }  # fmt: skip

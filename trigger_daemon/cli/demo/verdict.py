@@ -119,7 +119,7 @@ def tell(console: Console, found: Mapping[str, Any]) -> None:
     for odd in found["odd"]:
         say(f"{text.name(Path(odd['path']).name)}: {odd['odd']}")
         for about in odd["rules"]:
-            until = f" (until {text.clock(about['until_time'])})" if about["until_time"] else ""
+            until = f" (until {about['until_time']})" if about["until_time"] else ""
             line = Text(f"    {about['rule']}: ")
             line.append(about["stage"], _COLOURS.get(about["stage"], ""))
             console.print(line.append(f" - {text.safe(about['because'])}{until}"), soft_wrap=True)

@@ -1,0 +1,108 @@
+"""Laws of the executor: every call has an answer, also one that never comes back or cannot be made."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+import pytest
+
+from trigger_daemon.core import model
+from trigger_daemon.errors import JournalError
+from trigger_daemon.executor import VERIFY_DEADLINE_S, Executor
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def utc(self) -> float:
+        return self.now
+
+
+class HangingProvider:
+    """A provider whose calls never come back."""
+
+    def __init__(self, hang: threading.Event) -> None:
+        self.entered = threading.Event()
+        self._hang = hang
+
+    def _wait(self, *_: Any) -> None:
+        self.entered.set()
+        self._hang.wait(30)
+        raise TimeoutError("too late")
+
+    prepare = start = find = poll = cancel = verify = _wait
+
+
+class Requests:
+    """The journal's answers about a run; `broken`: its disk has failed."""
+
+    def __init__(self, broken: bool = False) -> None:
+        self.broken = broken
+
+    def request(self, run: int) -> dict[str, Any]:
+        if self.broken:
+            raise JournalError("disk I/O error")
+        return {"action": "fake", "options": {}, "captures": {}}
+
+    def manifest(self, run: int) -> tuple[()]:
+        return ()
+
+
+class Shelf:
+    def __init__(self, provider: Any) -> None:
+        self._provider = provider
+
+    def get(self, action: str) -> Any:
+        return self._provider
+
+
+def executor(provider: Any, broken: bool = False) -> tuple[Executor, Clock, queue.Queue[model.Fact]]:
+    clock, facts = Clock(), queue.Queue()
+    made = Executor(
+        journal=Requests(broken), providers=Shelf(provider), post=facts.put,  # type: ignore[arg-type]
+        root_path=lambda root: "/", clock=clock,
+    )  # fmt: skip
+    return made, clock, facts
+
+
+@pytest.mark.parametrize(
+    ("effect", "answer"),
+    [
+        (model.Prepare(1, 1), model.NotStarted), (model.Start(1, 1, None), model.StartUnknown),
+        (model.Find(1, 1, None), model.StartUnknown),
+        (model.Poll(1, 1, "h"), model.StartUnknown), (model.Verify(1, 1, "h"), model.CannotVerify),
+    ],
+)  # fmt: skip
+def test_call_that_hangs_is_answered_by_what_lets_its_run_go_on(effect, answer):
+    """A prepare is asked for again, a start looked for, a proof asked for again: no run waits for a thread that is lost."""
+    hang = threading.Event()
+    provider = HangingProvider(hang)
+    made, clock, facts = executor(provider)
+    made.carry(effect)
+    assert provider.entered.wait(10)
+    clock.now = VERIFY_DEADLINE_S + 1
+    made.supervise(clock.now)
+    first = facts.get(timeout=10)
+    hang.set()
+    made.stop()
+
+    assert isinstance(first, answer)
+
+
+@pytest.mark.parametrize(
+    ("effect", "answer"), [(model.Start(1, 1, None), model.NotStarted), (model.Find(1, 1, None), model.StartUnknown)]
+)
+def test_unreadable_request_never_ends_an_attempt_that_may_be_under_way(effect, answer):
+    """Before the start nothing was asked; a look for a lost answer proves nothing by failing."""
+    made, _, facts = executor(None, broken=True)
+    made.carry(effect)
+    fact = facts.get(timeout=10)
+    made.stop()
+
+    assert isinstance(fact, answer)
