@@ -10,7 +10,7 @@ DIST   := build/dist
 SHELL  := /bin/sh
 # Workers for the tests that bear company; `make test JOBS=0` runs them in one process.
 JOBS   ?= 2
-PYTEST := PYTHONSAFEPATH=1 TRIGGER_DAEMON_TEST_INSTALLED=1 $(BIN)/pytest
+PYTEST := PYTHONSAFEPATH=1 TEST_INSTALLED=1 $(BIN)/pytest
 
 # Directories are listed too: their time moves when a file is removed.
 SOURCES := $(shell find trigger_daemon -name __pycache__ -prune -o -print 2>/dev/null)

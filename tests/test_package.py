@@ -16,7 +16,7 @@ import pytest
 import trigger_daemon
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-INSTALLED = bool(os.environ.get("TRIGGER_DAEMON_TEST_INSTALLED"))
+INSTALLED = bool(os.environ.get("TEST_INSTALLED"))
 
 
 def test_the_installed_package_is_tested():
