@@ -138,6 +138,7 @@ class Lab:
         self, *rules: Rule, auto: bool = True, companion_roots: Mapping[str, int] | None = None, prepares: bool = False
     ) -> None:
         self.rules = rules
+        self.names: dict[int, str] = {}  # of every rule there ever was
         self.prepares = prepares
         self.utc = UTC  # what the wall clock says at monotonic 0
         self.unreadable: set[tuple[int, str]] = set()  # paths (or "" for all of a root) whose lstat fails
@@ -167,10 +168,12 @@ class Lab:
 
     def _start(self) -> None:
         self.engine = Engine(host="lab", providers=FakeProviders(self.prepares), rand=lambda: 0.0)
-        self.engine.restore(self.ledger.saved({r.id: r.name for r in self.rules}), self.at, self.utc + self.at)
+        self.names.update({r.id: r.name for r in self.rules})
+        self.engine.restore(self.ledger.saved(self.names), self.at, self.utc + self.at)
         self.offer(*self.rules)
 
     def offer(self, *rules: Rule, applied: str = "") -> None:
+        self.names.update({r.id: r.name for r in rules})
         self.rules = rules
         self.step(model.RulesOffered(rules, self.roots, [], self.at, None, applied))
 

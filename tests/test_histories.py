@@ -7,20 +7,22 @@ nothing.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from tests.lab import ROOT, Lab
 from tests.lab import rule as make
 from trigger_daemon.core import model
 from trigger_daemon.core.assembly import Assembly
 from trigger_daemon.core.engine import Engine
-from trigger_daemon.core.model import Fault, RunState
-from trigger_daemon.core.rules import Batch, CloseOn, Complete
+from trigger_daemon.core.model import Fault, RunState, Scope, Verdict
+from trigger_daemon.core.rules import After, Batch, CloseOn, Complete, Retry, With
 from trigger_daemon.core.runs import Runs
-from trigger_daemon.core.settle import BATCHED, SETTLING, Settling
+from trigger_daemon.core.settle import BATCHED, BLOCKED, CLOSING, COMPLETE, NO_STATE, SETTLING, Settling
 
 QUIET_S = 30.0
 NAMES = ("a/1.tif", "a/2.tif", "a/3.tif", "b/1.tif")
@@ -218,9 +220,323 @@ class Histories(RuleBasedStateMachine):
                     assert (path, state[0], state[1]) in taken, f"{path} {state} was missed by {one.name}"
 
 
-def histories(examples: int) -> None:
+BY_CHIP = ("{chip}/{n}.tif",)
+COMPANION = "{chip}/{n}.xml"
+
+MORE_RULES = {
+    "after": (
+        make("qc", 1, match=BY_CHIP, proof="none", batch=Batch(group_by=("chip",), only_first=1, new_group_after_s=600)),
+        make("main", 2, match=BY_CHIP, batch=Batch(group_by=("chip",), files=2, idle_s=90), after=After("qc", ("chip",))),
+    ),
+    "first": (make(match=BY_CHIP, batch=Batch(group_by=("chip",), only_first=2, idle_s=120)),),
+    "go": (make(match=BY_CHIP, complete=Complete(companions=(With(COMPANION, "/data", wait_s=60, missing="go"),))),),
+    "block": (
+        make(match=BY_CHIP, on_rewrite="block", batch=Batch(files=2, idle_s=60),
+             complete=Complete(companions=(With(COMPANION, "/epu", checks=(("xml", {}),), wait_s=90),))),
+    ),
+    "ignore": (make(on_rewrite="ignore", batch=Batch(files=2, idle_s=60)),),
+    "existing": (make(existing="ignore", batch=Batch(files=2, oldest_waits_s=60)), make("s", 2, priority=3, runs_max=1)),
+    "include": (
+        make(match=BY_CHIP, batch=Batch(group_by=("chip",), idle_s=900,
+                                        close_on=CloseOn("{chip}/done", quiescence_s=5.0, include=True))),
+    ),
+    "checked": (
+        make(match=BY_CHIP, complete=Complete(checks=(("tiff", {}),), suspect_s=100, stalled_after_s=600),
+             batch=Batch(at=("00:10", "06:00"), files=3)),
+    ),
+}  # fmt: skip
+FAULTS = {
+    "transient": Fault("transient", "busy"),
+    "restart": Fault("transient", "restarted", counts=False),
+    "down": Fault("transient", "not mounted", scope=Scope.DESTINATION),
+    "person": Fault("person", "consent"),
+    "permanent": Fault("permanent", "no such path"),
+}
+VERDICTS = st.sampled_from([Verdict.COMPLETE, Verdict.COMPLETE, Verdict.SUSPECT, Verdict.INCOMPLETE])
+
+
+class Troubles(Histories):
+    """The same, with everything that people, providers and disks can do besides; laws are asked after each step."""
+
+    @initialize(kind=st.sampled_from(sorted(MORE_RULES)))
+    def begin(self, kind):
+        self.kind = kind
+        rules = MORE_RULES[kind]
+        self.lab = Lab(*rules, auto=False, companion_roots={"/epu": 2}, prepares=kind == "first")
+        self.rules_now = rules
+        self.answered = set()
+        self.asked = 0
+        self.started = {}
+        self.live = {}
+        self.cancelled: set[int] = set()
+        self.edits = 0
+
+    @rule(name=st.sampled_from(NAMES), size=st.integers(0, 9), elsewhere=st.booleans())
+    def write_companion(self, name, size, elsewhere):
+        path = name.replace(".tif", ".xml")
+        self.lab.write(path, size, root=2 if elsewhere else ROOT, heard=False)
+
+    @rule(name=st.sampled_from(NAMES), verdict=VERDICTS)
+    def verdict(self, name, verdict):
+        self.lab.verdicts[name] = (verdict, "as drawn")
+
+    @rule(name=st.sampled_from(["", *NAMES, *(n.replace(".tif", ".xml") for n in NAMES)]), root=st.sampled_from([ROOT, 2]))
+    def unreadable(self, name, root):
+        self.lab.unreadable ^= {(root, name)}
+
+    @rule(fails=st.booleans())
+    def sweeps_fail(self, fails):
+        self.lab.sweeps_fail = fails
+
+    @rule(verb=st.sampled_from(["retry", "hold", "cancel", "abandon"]), pick=st.integers(0, 5))
+    def order_runs(self, verb, pick):
+        ids = sorted(self.lab.engine.runs.open)
+        if ids:
+            self.lab.order(f"runs.{verb}", ids=[ids[pick % len(ids)]])
+
+    @rule(verb=st.sampled_from(["pause", "resume"]), one=st.booleans())
+    def pause_or_resume(self, verb, one):
+        self.lab.order(f"rules.{verb}" if one else verb, rule=self.rules_now[0].name)
+
+    @rule(verb=st.sampled_from(["go", "skip"]), name=st.sampled_from(NAMES))
+    def order_files(self, verb, name):
+        self.lab.order(f"files.{verb}", path=f"/data/{name}")
+
+    @rule()
+    def close_batches(self):
+        self.lab.order("batches.close", rule=self.rules_now[0].name, captures={})
+
+    @rule(how=st.sampled_from(["comment", "retry", "pattern", "without", "back", "fault"]))
+    def edit_rules(self, how):
+        self.edits += 1
+        rules = MORE_RULES[self.kind]
+        match how:
+            case "comment":
+                rules = tuple(replace(one, line=self.edits) for one in rules)
+            case "retry":
+                rules = tuple(replace(one, retry=Retry(initial_s=1.0 + self.edits % 3)) for one in rules)
+            case "pattern":
+                rules = tuple(replace(one, ignore=(f"never{self.edits}",)) for one in rules)
+            case "without":
+                rules = rules[1:]
+            case "fault":
+                self.lab.step(model.RulesOffered((), {}, None, self.lab.at, {"file": "a", "line": 1, "message": "no"}))
+                return
+        self.rules_now = rules or self.rules_now
+        self.lab.offer(*rules)
+
+    @rule(seconds=st.sampled_from([-4_000, 4_000]))
+    def set_the_clock(self, seconds):
+        self.lab.utc += seconds
+
+    @rule(data=st.data())
+    def provider_answers_strangely(self, data):
+        kinds = ["transient", "restart", "down", "person", "permanent", "inactive", "active", "differs", "unproven", "good"]
+        for effect in self.lab.asked[self.asked :]:
+            self.asked += 1
+            self._answer_strangely(effect, data.draw(st.sampled_from(kinds)))
+
+    def _answer_strangely(self, effect, kind):
+        lab, fault = self.lab, FAULTS.get(kind)
+        match effect:
+            case model.Prepare(run, attempt):
+                lab.step(model.NotStarted(run, attempt, fault, lab.at) if fault else model.Prepared(run, attempt, "p", lab.at))
+            case model.Start(run, attempt) if fault and attempt not in self.started.get(run, ()):
+                lab.step(model.NotStarted(run, attempt, fault, lab.at))
+            case model.Poll(run, attempt) if run in self.cancelled:
+                self.live.pop(run, None)
+                lab.step(model.Polled(run, attempt, "cancelled", lab.at))
+            case model.Poll(run, attempt) if fault:
+                self.live.pop(run, None)
+                lab.step(model.Polled(run, attempt, "failed", lab.at, fault=fault))
+            case model.Poll(run, attempt) if kind in ("inactive", "active"):
+                lab.step(model.Polled(run, attempt, kind, lab.at, why="so it is", bytes_done=3))
+            case model.Cancel(run, _):
+                self.cancelled.add(run)
+            case model.Verify(run, attempt) if kind == "differs":
+                lab.step(model.Mismatch(run, attempt, {"x": "digest"}, lab.at))
+            case model.Verify(run, attempt) if fault or kind == "unproven":
+                lab.step(model.CannotVerify(run, attempt, fault or FAULTS["transient"], lab.at))
+            case _:
+                self._answer(effect, "good")
+
+    def _answer(self, effect, choice):
+        if isinstance(effect, model.Prepare):
+            self.lab.step(model.Prepared(effect.run, effect.attempt, "p", self.lab.at))
+            return
+        if isinstance(effect, model.Start):
+            self._in_order(effect.run)
+        super()._answer(effect, choice)
+
+    def _in_order(self, run):
+        """Runs that write one target never work at once, and go in the order of versions."""
+        mine = self._paths(run)
+        for other in self.live:
+            assert other == run or not mine & self._paths(other), f"runs {other} and {run} write one file at once"
+
+    def _paths(self, run):
+        record = self.lab.ledger.batches[run]
+        return {(record.rule, m.path) for m in record.members if m.path.endswith(".tif")}
+
+    # ------------------------------------------------------------------- laws
+
+    @invariant()
+    def every_open_run_is_moved_by_something(self):
+        if not hasattr(self, "lab"):
+            return
+        runs = self.lab.engine.runs
+        outstanding = {(e.run, type(e)) for e in self.lab.asked[self.asked :]}
+        for run in runs.open.values():
+            timers = {kind for kind in ("retry", "poll", "find", "verify") if runs.timers.at((kind, run.id)) is not None}
+            match run.state:
+                case RunState.PENDING if not run.slot:
+                    places = {
+                        "ready": run.id in runs._ready.get(run.rule, ()),
+                        "parked": run.destination in runs.down and run.id in runs.down[run.destination].parked
+                        and runs.timers.at(("probe", run.destination)) is not None,
+                        "after": any(run.id in queue for queue in runs._after.values()),
+                        "blocked": any(run.id in runs._blocking.get(n, ()) for n in run.waits_on if n in runs.open),
+                        "retry": "retry" in timers,
+                    }  # fmt: skip
+                    assert places[run.place], f"run {run.id} is {run.place} nowhere"
+                case RunState.PENDING:
+                    assert run.asked
+                case RunState.HELD:
+                    assert run.slot == (run.live or run.asked)
+                case RunState.STARTING:
+                    assert run.slot and run.live
+                    assert "find" in timers or outstanding & {(run.id, model.Start), (run.id, model.Find)}
+                case RunState.ACTIVE | RunState.INACTIVE | RunState.ABANDONED:
+                    assert run.slot and run.live
+                    waits = {(run.id, t) for t in (model.Poll, model.Start, model.Find)}
+                    assert timers & {"poll", "find"} or outstanding & waits
+                case RunState.SUCCEEDED:
+                    assert run.slot and ("verify" in timers or (run.id, model.Verify) in outstanding)
+        assert runs.at_work == sum(run.slot for run in runs.open.values())
+
+    @invariant()
+    def numbers_and_alarms_say_what_is(self):
+        if not hasattr(self, "lab"):
+            return
+        lab, engine = self.lab, self.lab.engine
+        counted: dict[tuple[int, str], list[int]] = {}
+        for number, run_state in lab.ledger.states.items():
+            record = lab.ledger.batches[number]
+            counts = counted.setdefault((record.rule, str(run_state)), [0, 0, 0])
+            for index, more in enumerate((1, len(record.members), record.bytes)):
+                counts[index] += more
+        assert {key: c for key, c in engine.runs.tally.items() if c[0]} == counted
+        assert set(engine.alarms.open) == set(lab.ledger.alarms)
+        for key in engine.alarms.open:
+            kind, _, what = key.partition(":")
+            match kind:
+                case "held":
+                    assert any(r.rule == what and r.state == RunState.HELD for r in engine.runs.open.values()), key
+                case "destination":
+                    assert what in engine.runs.down
+                case "unreachable" | "inactive":
+                    assert int(what) in engine.runs.open and engine.runs.open[int(what)].live, key
+                case "blocked" | "stalled":
+                    assert what in engine.rules, key
+        for assembly in engine.assemblies.values():
+            self._judge_assembly(assembly)
+
+    def _judge_assembly(self, assembly):
+        members = set(assembly.settling.members())
+        for stage, memory in ((BLOCKED, assembly.blocked), (CLOSING, assembly._closing_of)):
+            assert {m for m in members if m.stage == stage} <= set(memory), f"{stage} and nowhere"
+        assert all(m.stage == BLOCKED and m in members for m in assembly.blocked)
+        assert all(m.unsettled and m in members for m in assembly.stalled)
+        held = {m for open_ in (*assembly.groups.values(), *assembly.closings) for m in open_.members}
+        assert {m for m in members if m.stage in (COMPLETE, CLOSING)} <= held, "complete, and in no batch"
+        for open_ in assembly.closings:
+            assert open_.awaited or assembly.timers.at((assembly, open_, "soon")) is not None, "closing for ever"
+        timers = assembly.timers
+        for m in members:
+            match m.stage:
+                case "settling":
+                    assert m in assembly.settling.queue or m.state == NO_STATE or self._looks_are_out(assembly)
+                case "awaiting" | "incomplete" | "suspect":
+                    assert timers.at(m) is not None, f"{m.path} is {m.stage}, and nothing looks again"
+        assert assembly.settling.count == len(members)
+
+    def _looks_are_out(self, assembly):
+        return not assembly.steady
+
+    def teardown(self):
+        if not hasattr(self, "lab"):
+            return
+        lab = self.lab
+        lab.unreadable.clear()
+        lab.verdicts.clear()
+        lab.sweeps_fail = False
+        lab.look_takes_s = 0.0
+        if lab.away:
+            self.root_goes_and_comes()
+        self.rules_now = MORE_RULES[self.kind]
+        lab.offer(*self.rules_now)
+        lab.order("resume")
+        for one in self.rules_now:
+            lab.order("rules.resume", rule=one.name)
+        for _ in range(8):
+            lab.sweep()
+            lab.run_for(400)
+            while self.asked < len(lab.asked):
+                self.asked += 1
+                self._answer_strangely(lab.asked[self.asked - 1], "good")
+            self.every_open_run_is_moved_by_something()
+            self.numbers_and_alarms_say_what_is()
+        self._judge_the_end(lab)
+
+    def _judge_the_end(self, lab):
+        """Nothing in two batches, nothing left but what a person or a marker must move; no timer of what has ended."""
+        for one in lab.rules:
+            taken: dict[tuple[str, int, int], int] = {}
+            for _, record in lab.closed:
+                for m in record.members if record.rule == one.id else ():
+                    if not m.role:
+                        key = (m.path, m.size, m.mtime_ns)
+                        taken[key] = taken.get(key, 0) + 1
+            assert all(count == 1 for count in taken.values()), f"in two batches: {taken}"
+            assembly = lab.engine.assemblies[one.id]
+            for root, path in lab.disk:
+                if root != ROOT or not path.endswith(".tif"):
+                    continue
+                version = lab.disk[(root, path)][:2]
+                if version in lab.ledger.claims.get((one.id, path), {}):
+                    continue
+                member = assembly.settling.get(path)
+                assert member is not None, f"{path} was missed by {one.name}"
+                kept = member.stage == BLOCKED or member in assembly.stalled or (member.stage == COMPLETE and self._gathers(one))
+                assert kept or lab.at - lab.history[(root, path)][-1][0] < 1_200, f"{path} is {member.stage} for ever"
+            if one.batch and one.batch.only_first and one.batch.new_group_after_s is None:
+                groups = [tuple(sorted(r.group.items())) for _, r in lab.closed if r.rule == one.id]
+                assert len(groups) == len(set(groups)), "only_first closed a group twice"
+                assert all(len(r.members) <= one.batch.only_first for _, r in lab.closed if r.rule == one.id)
+        open_runs = lab.engine.runs.open
+        assert all(run.state == RunState.HELD or self._waits_for_a_person(run) for run in open_runs.values()), [
+            (run.id, run.state, run.place) for run in open_runs.values()
+        ]
+        for key in lab.engine.timers._live:
+            if isinstance(key, tuple) and key[0] in ("retry", "poll", "find", "verify"):
+                assert key[1] in open_runs, f"a timer of what has ended: {key}"
+        assert not lab.engine._batched
+
+    def _gathers(self, one):
+        return one.batch is not None and (one.batch.close_on is not None or bool(one.batch.at))
+
+    def _waits_for_a_person(self, run):
+        """Behind a held run, or behind a rule whose run for the chip is held or was given up."""
+        runs = self.lab.engine.runs
+        return run.place == "after" or (
+            run.place == "blocked" and all(self._waits_for_a_person(runs.open[n]) or runs.open[n].state == RunState.HELD
+                                           for n in run.waits_on if n in runs.open)
+        )  # fmt: skip
+
+
+def histories(examples: int, machine: type[RuleBasedStateMachine] = Histories) -> None:
     run_state_machine_as_test(
-        Histories,
+        machine,
         settings=settings(
             max_examples=examples, stateful_step_count=30, deadline=None, database=None, derandomize=True,
             suppress_health_check=list(HealthCheck), phases=(Phase.generate,), print_blob=False,
@@ -231,6 +547,11 @@ def histories(examples: int) -> None:
 def test_promises_hold_over_random_histories():
     """Nothing early, nothing missed, nothing twice: events lost, looks slow, roots away, crashes, two rules on one file."""
     histories(200)
+
+
+def test_nothing_is_stuck_or_told_wrongly_over_random_troubles():
+    """Whatever people, providers and disks do: no step fails, every open run has something that will move it."""
+    histories(250, Troubles)
 
 
 # ------------------------------------------------------------------- mutants
@@ -322,6 +643,100 @@ def test_each_broken_law_is_found(mutate, monkeypatch):
 
     with pytest.raises(AssertionError):
         histories(300)
+
+
+def _held_with_a_slot(monkeypatch):
+    """A run that is held while it is proved keeps its slot."""
+    original = Runs._free_slot
+    monkeypatch.setattr(Runs, "_free_slot", lambda self, run: None if run.state == RunState.HELD else original(self, run))
+
+
+def _abandoned_and_forgotten(monkeypatch):
+    """The end of an abandoned run is told to nobody who waited for it."""
+
+    def abandoned(self, run, because, at):
+        self.out.append(model.RunMoved(run.id, run.state, run.state, because, self.utc(at), final=True))
+        self._free_slot(run)
+        self._drop(run)
+
+    monkeypatch.setattr(Runs, "_abandoned", abandoned)
+
+
+def _unread_while_closing(monkeypatch):
+    """A file that cannot be read when its batch closes is waited for."""
+    original = Settling.unread
+
+    def unread(self, root, directory, names, why, at):
+        members = self.dirs.get(directory, {})
+        readable = [n for n in names if n not in members or members[n].stage != CLOSING]
+        original(self, root, directory, readable, why, at)
+
+    monkeypatch.setattr(Settling, "unread", unread)
+
+
+def _second_batch_of_the_first(monkeypatch):
+    """While the group's one batch closes, another one gathers."""
+    monkeypatch.setattr(Assembly, "_first", property(lambda self: {}, lambda self, value: None), raising=False)
+
+
+def _tally_of_ends_is_wrong(monkeypatch):
+    """Runs that are superseded are not counted."""
+    original = Runs._count
+    monkeypatch.setattr(
+        Runs, "_count", lambda self, run, by: None if run.state == RunState.SUPERSEDED else original(self, run, by)
+    )
+
+
+def _alarms_stay(monkeypatch):
+    """The alarm of held runs is never cleared."""
+    monkeypatch.setattr(Runs, "_held_no_more", lambda self, run, at: None)
+
+
+def _versions_at_once(monkeypatch):
+    """A newer version waits for nothing."""
+    monkeypatch.setattr(Runs, "newer_version", lambda self, run_id, path, at: set())
+
+
+def _rules_change_and_runs_wait(monkeypatch):
+    """What waits for a rule's success goes on waiting when the rules have changed."""
+    original = Runs.use
+
+    def use(self, rules, at):
+        kept, self._after = self._after, {}
+        original(self, rules, at)
+        self._after = kept
+
+    monkeypatch.setattr(Runs, "use", use)
+
+
+def _suspect_forever(monkeypatch):
+    """A hidden doubt has no timer."""
+
+    def suspect(self, member, why, at):
+        member.stage, member.why = "suspect", why
+
+    monkeypatch.setattr(Settling, "_suspect", suspect)
+
+
+def _failed_sweeps_are_not_repeated(monkeypatch):
+    """What a failed sweep was asked for is never asked for again."""
+    monkeypatch.setattr(Engine, "_sweep_again", lambda self, fact: None)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        _held_with_a_slot, _abandoned_and_forgotten, _unread_while_closing, _second_batch_of_the_first,
+        _tally_of_ends_is_wrong, _alarms_stay, _versions_at_once, _suspect_forever, _failed_sweeps_are_not_repeated,
+    ],
+    ids=lambda f: f.__name__.strip("_"),
+)  # fmt: skip
+def test_each_law_of_troubles_finds_its_bug(mutate, monkeypatch):
+    """An engine with one deliberate bug fails the same troubles."""
+    mutate(monkeypatch)
+
+    with pytest.raises((AssertionError, KeyError)):
+        histories(400, Troubles)
 
 
 def test_marker_waits_for_a_sweep_begun_after_it_was_complete(monkeypatch):

@@ -197,7 +197,7 @@ def test_members_and_claims_keep_names_and_times_exactly(journal: Journal) -> No
     """Names that are no UTF-8 and mtimes beyond 64 bits come back equal, else the file would be sent for ever."""
     members = [
         Member(1, ODD, ODD, 10, FAR, "", "suspect"),
-        Member(1, "", 'quote " back \\ ünï', 11, -FAR, "companion"),
+        Member(1, "", 'quote " back \\ ünï', 11, -FAR),
         Member(1, ODD, "gain", 12, 5, "shared"),
     ]
     journal.append([batch(1, members=members)])
@@ -210,9 +210,10 @@ def test_members_and_claims_keep_names_and_times_exactly(journal: Journal) -> No
     assert journal.check() == []
 
 
-def test_a_shared_companion_travels_with_many_batches(journal: Journal) -> None:
+@pytest.mark.parametrize("role", ["companion", "shared"])
+def test_a_companion_travels_with_many_batches(journal: Journal, role: str) -> None:
     """A gain reference is in each manifest and claimed by none."""
-    gain = Member(1, "", "gain.mrc", 99, 1, "shared")
+    gain = Member(1, "", "gain.mrc", 99, 1, role)
     for number in (1, 2):
         journal.append([batch(number, members=[Member(1, "s", f"m{number}", 1, 1), gain])])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -78,6 +79,9 @@ class Ledger:
             raise RuntimeError(self.broken)
         self.joined.append(dir)
         return self.as_of, dict(self.claims.get(dir, {}))
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def names(self, root: int, dir: str, names: Sequence[str]) -> tuple[int, Mapping[str, Sequence[Claim]]]:
         if self.broken:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from trigger_daemon.clock import Clock
@@ -31,6 +32,8 @@ class Claims(Protocol):
     def directory(self, root: int, dir: str, /) -> tuple[int, Mapping[str, Sequence[Claim]]]: ...
 
     def names(self, root: int, dir: str, names: Sequence[str], /) -> tuple[int, Mapping[str, Sequence[Claim]]]: ...
+
+    def together(self) -> AbstractContextManager[None]: ...
 
     def directories(self, root: int, /) -> Iterator[str]: ...
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -342,10 +343,25 @@ class ClaimReader:
     def __init__(self, path: Path) -> None:
         """Open the journal file (`Journal.path`) of a running daemon; raise JournalError if that fails."""
         self._path = path
+        self._as_of: int | None = None  # within `together`
         try:
             self._read = _open_for_reading(path)
         except sqlite3.Error as error:
             raise fault_of(error, path) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Answer what is asked inside from one snapshot: three statements fewer for each. To be left soon."""
+        try:
+            self._read.execute("BEGIN")
+            (self._as_of,) = self._read.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()
+            yield
+        except sqlite3.Error as error:
+            raise fault_of(error, self._path) from error
+        finally:
+            self._as_of = None
+            if self._read.in_transaction:
+                self._read.execute("ROLLBACK")
 
     def directory(self, root: int, dir: str) -> tuple[int, Claims]:
         """Return the newest batch whose claims were seen, and the claims of every name of the directory."""
@@ -370,15 +386,13 @@ class ClaimReader:
         self._read.close()
 
     def _claims(self, root: int, dir: str, names: Sequence[str] | None) -> tuple[int, Claims]:
-        read = self._read
+        if self._as_of is None:
+            with self.together():
+                return self._claims(root, dir, names)
+        read, as_of = self._read, self._as_of
         try:
-            read.execute("BEGIN")
-            try:
-                (as_of,) = read.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()
-                found = read.execute("SELECT id FROM dir WHERE root = ? AND path = ?", (root, to_name(dir))).fetchone()
-                rows = _claim_rows(read, found[0], names) if found else []
-            finally:
-                read.execute("ROLLBACK")
+            found = read.execute("SELECT id FROM dir WHERE root = ? AND path = ?", (root, to_name(dir))).fetchone()
+            rows = _claim_rows(read, found[0], names) if found else []
         except sqlite3.Error as error:
             raise fault_of(error, self._path) from error
         claims: Claims = {}

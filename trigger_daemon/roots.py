@@ -108,6 +108,7 @@ class Root:
         self._top: array[int] | None = None  # hashes of the names at the top when last believed
         self._top_key: tuple[int, int, int] | None = None
         self._emptied_at: float | None = None
+        self._place: tuple[int, int] | None = None  # device and inode when last believed
         self._point = ""  # where its file system was mounted
 
     @property
@@ -153,9 +154,14 @@ class Root:
         changed = self._present is not None or self._top is None
         if (deep or accept or changed or not was_believed) and not self._is_full(now, accept=accept):
             return False
-        if not was_believed or (self._present is not None and self._identity is not None):
+        place = (now.st_dev, now.st_ino)
+        known = self._identity is not None
+        if not was_believed or self._place not in (None, place) or (self._present is not None and known):
             self.epoch += 1
-        if self._present is not None:
+        self._place = place
+        # A root met empty may be the mount point of a disk that is still to come: it is served, but not remembered.
+        empty = self._top is not None and not self._top
+        if self._present is not None and (known or accept or not empty):
             self._identity = self._present
             self._keep(dict(self._present))
         if self.mount is not None:
@@ -182,7 +188,7 @@ class Root:
         if stored is not None and not accept and (stored.get("fstype"), stored.get("source")) != (fstype, source):
             return self._is_elsewhere(stored, fstype, source, point)
         # New, or another device number or inode of the same mount, or as a person
-        # wishes: accepted once it is seen to hold something.
+        # wishes: accepted by `check`, unless it lost what it held.
         self._present = present
         return True
 

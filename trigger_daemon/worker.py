@@ -44,6 +44,8 @@ class Stop:
 
 Request = Look | Sweep | Mark | HoldSweeps | Use | Accept | Stop
 
+LOOKS_TOGETHER = 200  # answered from one snapshot of the claims; some milliseconds
+
 
 class Worker:
     """Serves one root until told to stop. `ask` and `wake` may be called from any thread."""
@@ -131,8 +133,14 @@ class Worker:
     def _serve(self) -> None:
         """Answer everything asked, then take the hints that gathered meanwhile."""
         while self._inbox:
-            serial, request = self._inbox.popleft()
-            self._answer(serial, request)
+            if isinstance(self._inbox[0][1], Look):
+                with self.desk.claims.together():
+                    for _ in range(LOOKS_TOGETHER):
+                        if not self._inbox or not isinstance(self._inbox[0][1], Look):
+                            break
+                        self._answer(*self._inbox.popleft())
+            else:
+                self._answer(*self._inbox.popleft())
         if self._hints is not None and self.desk.events != "none":
             hints = self._hints.take(self.desk.root)
             if hints is not None:

@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 FRESH_S = 1.0  # a look this young needs no repetition when the batch closes
 BATCH_FILES_MAX = 100_000  # a batch closes at this size whatever its rule says: a manifest must fit in memory
 
+CARRIED_MAX = 10_000  # marker paths whose last batch is remembered
 LAST_SEEN_MAX = 10_000  # groups whose last file is remembered to the second before idle ones are let go
 MARK_SHARE = 20  # a group's durable mark is at most this share of `new_group_after` older than its last file
+
+_MARKER_SEEN = float("inf")  # an included marker is never looked at again for its batch: as a marker it is
 
 Group = tuple[str, ...]
 
@@ -114,6 +117,7 @@ class Assembly:
         self._follows = follows
         self._next_ask = next_ask
         self._last_seen: dict[Group, float] = {}  # for new_group_after
+        self._carried: dict[str, int] = {}  # path of an included marker -> the last batch that it went with
         spec = rule.batch
         self.spec: Batch | None = spec
         counts = [n for n in (spec.only_first, spec.files, spec.expect) if n is not None] if spec else []
@@ -501,6 +505,11 @@ class Assembly:
         for member in members:
             member.stage = BATCHED
             member.batch = batch
+            if member.seen == _MARKER_SEEN:
+                self._carried.pop(member.path, None)
+                self._carried[member.path] = batch
+                if len(self._carried) > CARRIED_MAX:
+                    del self._carried[next(iter(self._carried))]
             if member.companions:
                 member.home.release(member)
         return batch
@@ -590,8 +599,9 @@ class Assembly:
             return  # the rule matches it, too
         for open_ in self.groups.values():
             if self._agrees(self.named(open_.group), captures):
-                twin = Member(self.settling, marker.dir, marker.name, version, marker.looked, 0)
-                twin.stage, twin.seen = COMPLETE, float("inf")  # never looked at again: only its marker is
+                earlier = self._carried.get(marker.path, 0)
+                twin = Member(self.settling, marker.dir, marker.name, version, marker.looked, earlier)
+                twin.stage, twin.seen = COMPLETE, _MARKER_SEEN
                 open_.members[twin] = None
                 open_.bytes += twin.state[0]
                 return

@@ -767,7 +767,7 @@ class Runs:
             return set(self._left.get(run_id, ()))
         run.newer.add(path)
         left = {other for other in run.waits_on if other in self.open}
-        return left if self._outdated(run, at) else {run_id}
+        return left if self._outdated(run, at) else {run_id, *left}  # those, too: this one may be cancelled before it began
 
     def _outdated(self, run: Run, at: float) -> bool:
         """End a run of which every file has a newer version, unless something of it is under way."""
