@@ -102,6 +102,8 @@ class Ledger:
                 self.baselines[(record.rule, record.root)] = record.time
             case model.Kept():
                 self.kept[record.key] = record.value
+                if record.value is None:
+                    del self.kept[record.key]
             case model.AlarmRaised():
                 self.alarms[record.key] = SavedAlarm(record.key, record.what, record.hint, record.time, None, None)
             case model.ClaimsCarried():
@@ -112,23 +114,46 @@ class Ledger:
     def saved(self, rules: Mapping[int, str]) -> Saved:
         runs = [
             OpenRun(
-                id=n, rule=b.rule, group=b.group, state=self.states[n], because="", created_time=b.time,
-                changed_time=b.time, attempts=self.attempts[n].attempt if n in self.attempts else 0,
-                destination=b.destination, waits_on=b.waits_on, retry_time=None, error=None, hint=None,
-                files=len(b.members), bytes=b.bytes, request=b.request, attempt=self.attempts.get(n), output=None,
+                id=n,
+                rule=b.rule,
+                group=b.group,
+                state=self.states[n],
+                because="",
+                created_time=b.time,
+                changed_time=b.time,
+                attempts=self.attempts[n].attempt if n in self.attempts else 0,
+                destination=b.destination,
+                waits_on=b.waits_on,
+                retry_time=None,
+                error=None,
+                hint=None,
+                files=len(b.members),
+                bytes=b.bytes,
+                request=b.request,
+                attempt=self.attempts.get(n),
+                output=None,
             )
-            for n, b in sorted(self.batches.items()) if n not in self.final
-        ]  # fmt: skip
+            for n, b in sorted(self.batches.items())
+            if n not in self.final
+        ]
         tally: dict[tuple[int, str], Count] = {}
         for n, state in self.states.items():
             key = (self.batches[n].rule, str(state))
             old = tally.get(key, Count(0, 0, 0))
-            tally[key] = Count(old.runs + 1, old.files + len(self.batches[n].members), old.bytes + self.batches[n].bytes)
+            tally[key] = Count(
+                old.runs + 1, old.files + len(self.batches[n].members), old.bytes + self.batches[n].bytes
+            )
         return Saved(
-            last_batch=max(self.batches, default=0), runs=tuple(runs), kept=self.kept, baselines=self.baselines,
+            last_batch=max(self.batches, default=0),
+            runs=tuple(runs),
+            kept=self.kept,
+            baselines=self.baselines,
             groups=tuple(SavedMark(r, g, k, b, t) for (r, g, k), (b, t) in self.marks.items()),
-            alarms=tuple(self.alarms.values()), tally=tally, rules=rules, roots={ROOT: "/data"},
-        )  # fmt: skip
+            alarms=tuple(self.alarms.values()),
+            tally=tally,
+            rules=rules,
+            roots={ROOT: "/data"},
+        )
 
 
 class Lab:
@@ -214,9 +239,7 @@ class Lab:
                 self.checks_wait.append(effect)
             case model.Check():
                 verdict, why = self.verdicts.get(effect.path, (model.Verdict.COMPLETE, "whole"))
-                self.step(
-                    model.Checked(effect.rule, effect.root, effect.path, effect.state, verdict, why, self.at)
-                )
+                self.step(model.Checked(effect.rule, effect.root, effect.path, effect.state, verdict, why, self.at))
             case model.Start() | model.Find() | model.Poll() | model.Cancel() | model.Verify() | model.Prepare():
                 self.asked.append(effect)
                 if self.auto:
@@ -235,8 +258,16 @@ class Lab:
 
     # ------------------------------------------------------------------- disk
 
-    def write(self, path: str, size: int = 10, *, heard: bool = True, signal: model.Signal = "close", root: int = ROOT,
-              mtime: int | None = None) -> None:
+    def write(
+        self,
+        path: str,
+        size: int = 10,
+        *,
+        heard: bool = True,
+        signal: model.Signal = "close",
+        root: int = ROOT,
+        mtime: int | None = None,
+    ) -> None:
         """Write a file now; `heard` says whether an event comes."""
         stamp = next(self._counter)
         inode = self.disk.get((root, path), (0, 0, 0, stamp))[3]
@@ -253,7 +284,7 @@ class Lab:
 
     def _wants(self, root: int, path: str, joined: bool) -> tuple[tuple[int, int], ...]:
         wants = []
-        for number, one in self._wanting(root, path):
+        for number, _ in self._wanting(root, path):
             versions = self.ledger.claims.get((number, path), {}) if joined else {}
             if self.disk.get((root, path), (0, 0))[:2] in versions:
                 continue
@@ -272,8 +303,9 @@ class Lab:
                 found.append((-one.id, one))
         return found
 
-    def look(self, root: int, directory: str, names: tuple[str, ...], cause: model.Cause,
-             signal: model.Signal = "none") -> None:
+    def look(
+        self, root: int, directory: str, names: tuple[str, ...], cause: model.Cause, signal: model.Signal = "none"
+    ) -> None:
         joined = cause != "hint" or signal != "none"
         rows = []
         unread = tuple(n for n in names if {(root, model.join(directory, n)), (root, "")} & self.unreadable)
@@ -336,7 +368,9 @@ class Lab:
         for look in looks:
             self._carry(look)
 
-    def answer_check(self, path: str, verdict: model.Verdict = model.Verdict.COMPLETE, why: str = "whole", **keys: Any) -> None:
+    def answer_check(
+        self, path: str, verdict: model.Verdict = model.Verdict.COMPLETE, why: str = "whole", **keys: Any
+    ) -> None:
         """Answer a check that waits."""
         check = next(c for c in self.checks_wait or [] if c.path == path)
         assert self.checks_wait is not None

@@ -37,9 +37,12 @@ class Site:
         self.quiescence = quiescence
         self.config = base / "config.yaml"
         self.settings: dict[str, Any] = {
-            "state_dir": str(self.state), "rules_dir": str(self.rules_dir), "events": events,
-            "sweep": {"every": sweep, "full": "5s"}, "log": {"level": "info", "format": "json"},
-        }  # fmt: skip
+            "state_dir": str(self.state),
+            "rules_dir": str(self.rules_dir),
+            "events": events,
+            "sweep": {"every": sweep, "full": "5s"},
+            "log": {"level": "info", "format": "json"},
+        }
         self.process: subprocess.Popen[bytes] | None = None
         self.log = base / "daemon.log"
 
@@ -48,9 +51,13 @@ class Site:
     def rule(self, name: str = "first", **keys: Any) -> dict[str, Any]:
         """Return a rule that copies everything below `data`, with what is given instead."""
         base: dict[str, Any] = {
-            "name": name, "watch": str(self.data), "match": ["**"], "existing": "process",
-            "complete": {"quiescence": self.quiescence}, "start": {"copy": {"to": str(self.out)}},
-        }  # fmt: skip
+            "name": name,
+            "watch": str(self.data),
+            "match": ["**"],
+            "existing": "process",
+            "complete": {"quiescence": self.quiescence},
+            "start": {"copy": {"to": str(self.out)}},
+        }
         base.update(keys)
         return base
 
@@ -68,8 +75,11 @@ class Site:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, "-P", "-m", "trigger_daemon", "serve", "--config", str(self.config)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})},
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(env or {})},
+            )
         if wait:
             started = time.time()
             self.until(lambda: self._watches(started), READY_S, "the daemon is ready")
@@ -106,8 +116,12 @@ class Site:
         """Run a command of the operator's."""
         done = subprocess.run(
             [sys.executable, "-P", "-m", "trigger_daemon", *args, "--config", str(self.config)],
-            capture_output=True, text=True, errors="surrogateescape", timeout=60, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+        )
         if check and done.returncode not in (0, 4):
             raise AssertionError(f"{args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
@@ -146,15 +160,19 @@ class Site:
     def manifests(self, rule: str = "first") -> list[list[tuple[bytes, int, int]]]:
         """Return (path, size, mtime_ns) of the members of every batch of a rule, companions left out."""
         rows = self.ask(
-            "SELECT batch.manifest FROM batch JOIN rule ON rule.id = batch.rule WHERE rule.name = ? ORDER BY batch.id", rule
+            "SELECT batch.manifest FROM batch JOIN rule ON rule.id = batch.rule WHERE rule.name = ? ORDER BY batch.id",
+            rule,
         )
         found = []
         for (text,) in rows:
             members = json.loads(text)
-            found.append([
-                (os.fsencode(f"{directory}/{name}" if directory else name), size, mtime)
-                for _, directory, name, size, mtime, role, _ in members if not role
-            ])  # fmt: skip
+            found.append(
+                [
+                    (os.fsencode(f"{directory}/{name}" if directory else name), size, mtime)
+                    for _, directory, name, size, mtime, role, _ in members
+                    if not role
+                ]
+            )
         return found
 
     def taken(self, rule: str = "first") -> Counter[tuple[bytes, int, int]]:
@@ -210,13 +228,18 @@ class Site:
     def until_verified(self, files: int, timeout_s: float = 60.0, rule: str = "first") -> None:
         """Wait until so many file versions of a rule lie in VERIFIED runs, and no run is open."""
         question = (
-            "SELECT coalesce(sum(batch.files), 0) FROM run JOIN batch ON batch.id = run.id JOIN rule ON rule.id = batch.rule"
+            "SELECT coalesce(sum(batch.files), 0) FROM run JOIN batch ON batch.id = run.id"
+            " JOIN rule ON rule.id = batch.rule"
             " WHERE run.state = 'VERIFIED' AND rule.name = ?"
         )
         self.until(
-            lambda: (self.ask(question, rule) or [(0,)])[0][0] >= files and not self.ask("SELECT 1 FROM run WHERE final = 0"),
-            timeout_s, f"{files} files verified by {rule}",
-        )  # fmt: skip
+            lambda: (
+                (self.ask(question, rule) or [(0,)])[0][0] >= files
+                and not self.ask("SELECT 1 FROM run WHERE final = 0")
+            ),
+            timeout_s,
+            f"{files} files verified by {rule}",
+        )
 
     def judge(self, rule: str = "first") -> None:
         """Every standing version was in exactly one batch; the destination holds just what the source does."""

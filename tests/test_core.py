@@ -167,8 +167,12 @@ def test_empty_file_is_not_complete_unless_the_rule_says_so():
 
     assert strict.batches() == []
     assert strict.explain("a.tif")[0] | {"until_time": None} == {
-        "rule": "r", "stage": "incomplete", "because": "the file is empty", "until_time": None, "run": None,
-    }  # fmt: skip
+        "rule": "r",
+        "stage": "incomplete",
+        "because": "the file is empty",
+        "until_time": None,
+        "run": None,
+    }
     assert lax.batches() == [("a.tif",)]
 
 
@@ -642,7 +646,9 @@ def test_limits_hold_runs_back_by_priority():
 def test_run_waits_for_the_rule_it_comes_after():
     """`after`: batches of a chip wait until the quality control of that chip succeeded, over a restart too."""
     qc = rule("qc", 1, match=("{chip}/{n}.tif",), batch=Batch(group_by=("chip",), only_first=1))
-    main = rule("main", 2, match=("{chip}/{n}.tif",), batch=Batch(group_by=("chip",), files=2), after=After("qc", ("chip",)))
+    main = rule(
+        "main", 2, match=("{chip}/{n}.tif",), batch=Batch(group_by=("chip",), files=2), after=After("qc", ("chip",))
+    )
     lab = Lab(qc, main, auto=False)
     lab.write("a/1.tif")
     lab.write("a/2.tif")

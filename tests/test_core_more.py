@@ -93,18 +93,21 @@ def test_versions_of_one_file_run_in_order_although_one_in_between_is_superseded
     assert starts(lab) == [(1, 1), (3, 1)]
 
 
-def test_versions_of_one_file_run_in_order_although_one_in_between_was_cancelled():
-    """What an ended run still waited for, the next version waits for."""
+@pytest.mark.parametrize("restart", [False, True])
+def test_versions_of_one_file_run_in_order_although_one_in_between_was_cancelled(restart):
+    """What an ended run still waited for, the next version waits for, over a restart too."""
     lab = closed_run()
     lab.write("a.tif", 20)
     lab.run_for(31)
     lab.order("runs.cancel", ids=[2])
+    lab.crash() if restart else None
     lab.write("a.tif", 30)
     lab.run_for(31)
     assert starts(lab) == [(1, 1)]
     succeed(lab, 1)
 
     assert starts(lab) == [(1, 1), (3, 1)]
+    assert not lab.ledger.kept
 
 
 def test_run_whose_files_all_have_newer_versions_is_not_tried_again():

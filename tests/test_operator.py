@@ -27,23 +27,27 @@ def told(site: Site, path: Path, rule: str) -> dict:
 
 
 def test_explain_gives_the_true_reason(here):
-    """Unmatched, ignored, quiet-waiting, companion missing, waiting in a batch, run pending, verified, rewritten, blocked,
-    baseline, only_first: each by its stage, with words that name the cause."""
+    """Each stage is named, with words that name the cause."""
     data = here.data
     (data / "old.base").write_text("there before")
     here.write_rules(
         here.rule("copy", match=["{n}.tif"], ignore=["*_test*"]),
         here.rule("slow", match=["{n}.slow"], complete={"quiescence": "5m"}),
-        here.rule("pair", match=["{n}.mrc"],
-                  complete={"quiescence": "300ms", "with": [{"file": "{n}.xml", "wait": "10m", "missing": "block"}]}),
+        here.rule(
+            "pair",
+            match=["{n}.mrc"],
+            complete={"quiescence": "300ms", "with": [{"file": "{n}.xml", "wait": "10m", "missing": "block"}]},
+        ),
         here.rule("many", match=["{n}.cbf"], batch={"files": 10}),
         here.rule("stopped", match=["{n}.eer"]),
         here.rule("fixed", match=["{n}.fix"], on_rewrite="block"),
         here.rule("base", match=["{n}.base"], existing="ignore"),
         here.rule("first", match=["{n}.one"], batch={"only_first": 1}),
-    )  # fmt: skip
+    )
     here.start()
-    here.until(lambda: bool(here.ask("SELECT 1 FROM baseline JOIN rule ON rule.id = rule AND name = 'base'")), 20, "baseline")
+    here.until(
+        lambda: bool(here.ask("SELECT 1 FROM baseline JOIN rule ON rule.id = rule AND name = 'base'")), 20, "baseline"
+    )
     here.cli("rules", "pause", "stopped")
     for name in ("a.tif", "a_test.tif", "a.txt", "a.slow", "a.mrc", "a.cbf", "a.eer", "a.fix", "a.one"):
         (data / name).write_text(name)
@@ -63,9 +67,10 @@ def test_explain_gives_the_true_reason(here):
     assert "a.xml" in told(here, data / "a.mrc", "pair")["because"]
     many = told(here, data / "a.cbf", "many")
     assert many["stage"] == "waiting" and "9 missing" in many["because"]
-    assert "paused" in told(here, data / "a.eer", "stopped")["because"] or "resumed" in told(
-        here, data / "a.eer", "stopped"
-    )["because"]
+    assert (
+        "paused" in told(here, data / "a.eer", "stopped")["because"]
+        or "resumed" in told(here, data / "a.eer", "stopped")["because"]
+    )
     verified = told(here, data / "a.tif", "copy")
     assert verified["run"] is not None
     assert told(here, data / "old.base", "base")["stage"] == "baseline"
@@ -108,7 +113,11 @@ FAULTS = {
     "bad duration": ("existing: process", "existing: process\n    complete: {{quiescence: soon}}", "duration"),
     "unknown check": ("existing: process", "existing: process\n    complete: {{checks: [tif]}}", "tiff"),
     "batch without an end": ("existing: process", "existing: process\n    batch: {{group_by: [name]}}", "clos"),
-    "unknown group capture": ("existing: process", "existing: process\n    batch: {{files: 5, group_by: [nmae]}}", "name"),
+    "unknown group capture": (
+        "existing: process",
+        "existing: process\n    batch: {{files: 5, group_by: [nmae]}}",
+        "name",
+    ),
     "after nobody": ("existing: process", "existing: process\n    after: {{rule: godo}}", "no rule"),
     "duplicate key": ("existing: process", "existing: process\n    existing: ignore", "twice"),
     "into itself": ("{{to: {out}}}", "{{to: {data}/copies}}", "watch"),

@@ -142,7 +142,9 @@ def test_difficult_writers_are_never_batched_early(site, events):
     here.until_verified(3)
     closed = {
         os.fsdecode(path): when
-        for (when,), manifest in zip(here.ask("SELECT closed_time FROM batch ORDER BY id"), here.manifests(), strict=True)
+        for (when,), manifest in zip(
+            here.ask("SELECT closed_time FROM batch ORDER BY id"), here.manifests(), strict=True
+        )
         for path, _, _ in manifest
     }
     last = {name: when for writer in writers for name, when in writer.last.items()}
@@ -170,10 +172,19 @@ def test_awkward_names_go_all_the_way(site):
     """Spaces, newlines, literal brackets, 255 bytes, non-UTF-8: match, batch, copy, explain, JSON."""
     here = site()
     names = [
-        b"with space.tif", b"new\nline.tif", b"Position_1_[30.0]_(2).tif", b"n" * 251 + b".tif", b"caf\xe9 \xff.tif",
-        b"-rf.tif", b"{brace}.tif", "Grüße.tif".encode(), b"tab\there\x1b[31m.tif",
-    ]  # fmt: skip
-    here.write_rules(here.rule(match=["{directory}/{name}.tif"], batch={"group_by": ["directory"], "files": len(names)}))
+        b"with space.tif",
+        b"new\nline.tif",
+        b"Position_1_[30.0]_(2).tif",
+        b"n" * 251 + b".tif",
+        b"caf\xe9 \xff.tif",
+        b"-rf.tif",
+        b"{brace}.tif",
+        "Grüße.tif".encode(),
+        b"tab\there\x1b[31m.tif",
+    ]
+    here.write_rules(
+        here.rule(match=["{directory}/{name}.tif"], batch={"group_by": ["directory"], "files": len(names)})
+    )
     here.start()
     directory = os.fsencode(here.data) + b"/d [1]\n\xfe"
     os.mkdir(directory)
@@ -195,7 +206,7 @@ def test_awkward_names_go_all_the_way(site):
 
 @pytest.mark.parametrize("events", ["auto", "none"])
 def test_killed_thirty_times_and_every_file_arrives_once(site, events):
-    """SIGKILL at random moments: all verified, each in one batch, nothing partial under a final name, no attempt twice."""
+    """All verified, each in one batch, nothing partial under a final name, no attempt twice."""
     here = site(events=events)
     here.write_rules(here.rule(match=["{d}/{n}.tif"], batch={"files": 40, "idle": "1s"}))
     total, kills = 5_000, 30

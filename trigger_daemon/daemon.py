@@ -26,6 +26,7 @@ from typing import Any
 
 from trigger_daemon import __version__, config, hints, log
 from trigger_daemon.clock import Clock, SystemClock
+from trigger_daemon.config.settings import Amount
 from trigger_daemon.control import Control
 from trigger_daemon.core import model
 from trigger_daemon.core.engine import Engine
@@ -38,7 +39,6 @@ from trigger_daemon.inbox import Inbox
 from trigger_daemon.journal import ClaimReader, Journal, RootIdentity
 from trigger_daemon.scanner import Scanner
 from trigger_daemon.systemd import Notifier
-from trigger_daemon.config.settings import Amount
 from trigger_daemon.volumes import Gauge, Volumes
 
 BEAT_S = 2.0  # heartbeat for the command line
@@ -58,9 +58,7 @@ _RECORD_TYPES = frozenset(RECORDS)
 class Daemon:
     """One daemon on one state directory."""
 
-    def __init__(
-        self, settings: config.Settings, *, reload_settings: Any = None, clock: Clock | None = None
-    ) -> None:
+    def __init__(self, settings: config.Settings, *, reload_settings: Any = None, clock: Clock | None = None) -> None:
         self.settings = settings
         self._reload_settings = reload_settings
         self.clock: Clock = clock or SystemClock()
@@ -148,27 +146,40 @@ class Life:
         loop = asyncio.get_running_loop()
         self.journal = self._part(await loop.run_in_executor(self._journal_thread, Journal.open, self.state_dir))
         self.inbox = Inbox(loop)
-        self.providers = self._part(Providers(self.state_dir, {"lanes": min(settings.throttle.runs, LANES_MAX)}, self._nudge))
+        self.providers = self._part(
+            Providers(self.state_dir, {"lanes": min(settings.throttle.runs, LANES_MAX)}, self._nudge)
+        )
         saved = await loop.run_in_executor(self._journal_thread, self.journal.load)
         self._root_paths = dict(saved.roots)
         self.engine = Engine(
-            host=socket.gethostname(), providers=self.providers, rand=random.random,
-            runs_max=settings.throttle.runs, time_zone=settings.time_zone or _local_zone(), keep_done_s=settings.keep_done_s,
-        )  # fmt: skip
+            host=socket.gethostname(),
+            providers=self.providers,
+            rand=random.random,
+            runs_max=settings.throttle.runs,
+            time_zone=settings.time_zone or _local_zone(),
+            keep_done_s=settings.keep_done_s,
+        )
         self.engine.restore(saved, self.clock.monotonic(), self.clock.utc())
         self.executor = self._part(
             Executor(
-                journal=self.journal, providers=self.providers, post=self.inbox.post,
-                root_path=self._root_paths.__getitem__, clock=self.clock,
-            )  # fmt: skip
+                journal=self.journal,
+                providers=self.providers,
+                post=self.inbox.post,
+                root_path=self._root_paths.__getitem__,
+                clock=self.clock,
+            )
         )
         self.hints = self._part(hints.open_source(settings.events))
         self.scanner = self._part(
             Scanner(
-                post=self.inbox.post, claims=functools.partial(ClaimReader, self.journal.path), hints=self.hints,
-                clock=self.clock, every_s=settings.sweep.every_s, full_s=settings.sweep.full_s,
+                post=self.inbox.post,
+                claims=functools.partial(ClaimReader, self.journal.path),
+                hints=self.hints,
+                clock=self.clock,
+                every_s=settings.sweep.every_s,
+                full_s=settings.sweep.full_s,
                 identities=_Identities(self.journal),
-            )  # fmt: skip
+            )
         )
         gauges = [Gauge(v.path, v.low or LOW, v.critical or CRITICAL) for v in settings.volumes]
         gauges = gauges or [Gauge(settings.state_dir, LOW, CRITICAL)]
@@ -269,25 +280,41 @@ class Life:
                 getattr(self.log, level)(event, **keys)
             case model.BatchClosed():
                 self.log.info(
-                    "batch.closed", batch=effect.batch, rule=effect.request["rule"], group=dict(effect.group), files=len(effect.members),
-                    bytes=effect.bytes, because=effect.reason,
-                )  # fmt: skip
+                    "batch.closed",
+                    batch=effect.batch,
+                    rule=effect.request["rule"],
+                    group=dict(effect.group),
+                    files=len(effect.members),
+                    bytes=effect.bytes,
+                    because=effect.reason,
+                )
             case model.RunMoved():
                 if effect.final:
                     self.executor.finished(effect.run)
                 # On the way of every run; its beginning (batch.closed) and its end are for everybody.
                 tell = self.log.info if effect.final or effect.to_state == RunState.HELD else self.log.debug
                 tell(
-                    "run.moved", run=effect.run, source=str(effect.from_state), to=str(effect.to_state),
+                    "run.moved",
+                    run=effect.run,
+                    source=str(effect.from_state),
+                    to=str(effect.to_state),
                     because=effect.because,
-                )  # fmt: skip
+                )
             case model.AlarmRaised():
                 self.log.warning("alarm.raised", key=effect.key, what=effect.what, hint=effect.hint)
             case model.AlarmCleared():
                 self.log.info("alarm.cleared", key=effect.key)
             case model.Kept("paused", value):
                 self.providers.is_paused = bool(value)
-            case model.Check() | model.Prepare() | model.Start() | model.Find() | model.Poll() | model.Cancel() | model.Verify():
+            case (
+                model.Check()
+                | model.Prepare()
+                | model.Start()
+                | model.Find()
+                | model.Poll()
+                | model.Cancel()
+                | model.Verify()
+            ):
                 self.executor.carry(effect)
 
     def wake(self) -> None:
@@ -338,20 +365,30 @@ class Life:
         words = self.engine.snapshot()
         events = {root["path"]: root["events"] for root in words["roots"]}
         if self._commit_fault:
-            words["alarms"].insert(0, {
-                "key": "journal", "what": f"the journal cannot be written: {self._commit_fault}",
-                "hint": f"make room on the disk of {self.settings.state_dir}; nothing starts until then, nothing is lost",
-                "since_time": self.clock.utc(), "acked_by": None,
-            })  # fmt: skip
+            words["alarms"].insert(
+                0,
+                {
+                    "key": "journal",
+                    "what": f"the journal cannot be written: {self._commit_fault}",
+                    "hint": f"make room on the disk of {self.settings.state_dir}; nothing starts, and nothing is lost",
+                    "since_time": self.clock.utc(),
+                    "acked_by": None,
+                },
+            )
         health = "ok"
         if any(root["health"] != "ok" for root in words["roots"]):
             health = "degraded"
         if any(not alarm["acked_by"] for alarm in words["alarms"]):
             health = "alarm"
         words["daemon"] = {
-            "running": True, "pid": os.getpid(), "version": __version__, "started_time": self.started_time,
-            "health": health, "events": events, "hints": self.hints.counters(),
-        }  # fmt: skip
+            "running": True,
+            "pid": os.getpid(),
+            "version": __version__,
+            "started_time": self.started_time,
+            "health": health,
+            "events": events,
+            "hints": self.hints.counters(),
+        }
         words["volumes"] = [gauge.words() for gauge in self.volumes.gauges]
         return words
 
@@ -412,7 +449,9 @@ class Life:
             self.control.answer(order.id, {"ok": True, "text": f"{path} is accepted as it is now"})
         else:
             error = f"no rule watches {path!r}"
-            self.control.answer(order.id, {"ok": False, "error": error, "hint": "`trigger-daemon status` names the roots"})
+            self.control.answer(
+                order.id, {"ok": False, "error": error, "hint": "`trigger-daemon status` names the roots"}
+            )
 
     def _nudge(self, run: int, attempt: int) -> None:
         self.executor.nudge(run, attempt)
@@ -486,8 +525,12 @@ def _local_zone() -> str:
 
 def _words(fault: ConfigFault) -> dict[str, Any]:
     return {
-        "file": fault.file, "line": fault.line, "column": fault.column, "message": fault.message, "hint": fault.hint,
-    }  # fmt: skip
+        "file": fault.file,
+        "line": fault.line,
+        "column": fault.column,
+        "message": fault.message,
+        "hint": fault.hint,
+    }
 
 
 async def serve(settings: config.Settings, *, reload_settings: Any = None) -> None:

@@ -57,9 +57,12 @@ class Providers:
                 directory = self._state_dir / "actions" / action
                 directory.mkdir(parents=True, exist_ok=True, mode=0o2770)
                 context = actions.Context(
-                    state_dir=str(directory), nudge=self._nudge, bandwidth=lambda: self.bandwidth,
-                    paused=lambda: self.is_paused, settings=self._settings,
-                )  # fmt: skip
+                    state_dir=str(directory),
+                    nudge=self._nudge,
+                    bandwidth=lambda: self.bandwidth,
+                    paused=lambda: self.is_paused,
+                    settings=self._settings,
+                )
                 self._made[action] = self._class(action)(context)
             return self._made[action]
 
@@ -123,7 +126,9 @@ class Executor:
             case model.Cancel(run, attempt, handle):
                 self._call(run, attempt, lambda: self._cancel(run, attempt, handle))
             case model.Verify(run, attempt, handle):
-                self._call(run, attempt, lambda: self._verify(run, attempt, handle), VERIFY_DEADLINE_S, self._late_verify)
+                self._call(
+                    run, attempt, lambda: self._verify(run, attempt, handle), VERIFY_DEADLINE_S, self._late_verify
+                )
 
     def finished(self, run: int) -> None:
         """A run's end is journaled: let go of all that is kept for it."""
@@ -151,9 +156,13 @@ class Executor:
     # -------------------------------------------------------------- providers
 
     def _call(
-        self, run: int, attempt: int, task: Callable[[], None], deadline_s: float = CALL_DEADLINE_S,
+        self,
+        run: int,
+        attempt: int,
+        task: Callable[[], None],
+        deadline_s: float = CALL_DEADLINE_S,
         late: Callable[[int, int], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         told = late or self._late
         self._calls.submit(task, deadline_s=deadline_s, late=lambda: told(run, attempt))
 
@@ -182,15 +191,19 @@ class Executor:
                 return known
         kept: Mapping[str, Any] = self._journal.request(run)
         members = self._journal.manifest(run)
-        files = tuple(
-            actions.File(self._root_path(m.root), m.path, m.size, m.mtime_ns, m.role) for m in members
-        )
+        files = tuple(actions.File(self._root_path(m.root), m.path, m.size, m.mtime_ns, m.role) for m in members)
         options = dict(kept["options"])
         limit = kept.get("bandwidth")
         if limit is not None and "bandwidth" in options:
             options["bandwidth"] = min(limit, options["bandwidth"] or limit)
         request = actions.Request(
-            run, attempt, str(kept.get("rule", "")), dict(kept.get("group") or {}), dict(kept["captures"]), files, options
+            run,
+            attempt,
+            str(kept.get("rule", "")),
+            dict(kept.get("group") or {}),
+            dict(kept["captures"]),
+            files,
+            options,
         )
         with self._lock:
             self._requests[(run, attempt)] = request
@@ -257,9 +270,19 @@ class Executor:
             fact = model.Polled(run, attempt, "unreachable", at, why=_words(seen))
         else:
             fact = model.Polled(
-                run, attempt, seen.status, at, seen.why, seen.hint, seen.fault, seen.files_done, seen.bytes_done,
-                seen.output, seen.changed, seen.again_in_s,
-            )  # fmt: skip
+                run,
+                attempt,
+                seen.status,
+                at,
+                seen.why,
+                seen.hint,
+                seen.fault,
+                seen.files_done,
+                seen.bytes_done,
+                seen.output,
+                seen.changed,
+                seen.again_in_s,
+            )
         with self._lock:
             self._polling.discard(run)
             again = run in self._again

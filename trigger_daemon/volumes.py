@@ -60,11 +60,14 @@ class Gauge:
         """Return what status tells."""
         rate = self.fill_bytes_per_s()
         return {
-            "path": self.path, "total_bytes": self.total_bytes, "free_bytes": self.free_bytes,
+            "path": self.path,
+            "total_bytes": self.total_bytes,
+            "free_bytes": self.free_bytes,
             "fill_bytes_per_s": None if rate is None else round(rate),
             "full_in_s": round(self.free_bytes / rate) if rate and rate > 0 else None,
-            "state": self.state() if not self.error else "ok", "error": self.error or None,
-        }  # fmt: skip
+            "state": self.state() if not self.error else "ok",
+            "error": self.error or None,
+        }
 
 
 class Volumes:
@@ -85,9 +88,7 @@ class Volumes:
         for gauge in self.gauges:
             if not gauge.pending:
                 gauge.pending = True
-                self._workers.submit(
-                    partial(self._read, gauge), deadline_s=DEADLINE_S, late=partial(self._late, gauge)
-                )
+                self._workers.submit(partial(self._read, gauge), deadline_s=DEADLINE_S, late=partial(self._late, gauge))
 
     def _read(self, gauge: Gauge) -> None:
         try:

@@ -124,22 +124,46 @@ class Assembly:
         self._files_enough = min([*counts, BATCH_FILES_MAX])
         self._bytes_enough = spec.bytes if spec else None
         self.settling = Settling(
-            key=rule.id, rule=rule, root=root, roots=roots, quiescence_s=rule.complete.quiescence_s,
-            checks=rule.complete.checks, companions=rule.complete.companions, timers=timers, out=out,
-            on_complete=self.completed, on_left=self.left, on_blocked=self._block, on_rewritten=self.rewritten, on_stalled=self._stall,
-            on_companion=self._companion_seen, on_late=self._late, since=since,
-        )  # fmt: skip
+            key=rule.id,
+            rule=rule,
+            root=root,
+            roots=roots,
+            quiescence_s=rule.complete.quiescence_s,
+            checks=rule.complete.checks,
+            companions=rule.complete.companions,
+            timers=timers,
+            out=out,
+            on_complete=self.completed,
+            on_left=self.left,
+            on_blocked=self._block,
+            on_rewritten=self.rewritten,
+            on_stalled=self._stall,
+            on_companion=self._companion_seen,
+            on_late=self._late,
+            since=since,
+        )
         self.markers: Settling | None = None
         if spec and spec.close_on:
             quiescence = spec.close_on.quiescence_s
             self.markers = Settling(
-                key=-rule.id, rule=rule, root=root, roots=roots,
+                key=-rule.id,
+                rule=rule,
+                root=root,
+                roots=roots,
                 quiescence_s=rule.complete.quiescence_s if quiescence is None else quiescence,
-                checks=spec.close_on.checks, companions=(), timers=timers, out=out,
-                on_complete=self._marker, on_left=lambda m: None, on_blocked=lambda m: None, on_rewritten=lambda m, at: True,
-                on_stalled=lambda m, at: None, on_companion=lambda c, at: None, on_late=lambda c, m, at: None,
+                checks=spec.close_on.checks,
+                companions=(),
+                timers=timers,
+                out=out,
+                on_complete=self._marker,
+                on_left=lambda m: None,
+                on_blocked=lambda m: None,
+                on_rewritten=lambda m, at: True,
+                on_stalled=lambda m, at: None,
+                on_companion=lambda c, at: None,
+                on_late=lambda c, m, at: None,
                 since=since,
-            )  # fmt: skip
+            )
 
     def use(self, rule: Rule) -> None:
         """Take a rule that gathers just the same files in the same batches, and does other things with them."""
@@ -229,7 +253,9 @@ class Assembly:
         open_.last_at = at
         if self.pending:
             self._settled(member, at)
-        if len(open_.members) >= self._files_enough or (self._bytes_enough is not None and open_.bytes >= self._bytes_enough):
+        if len(open_.members) >= self._files_enough or (
+            self._bytes_enough is not None and open_.bytes >= self._bytes_enough
+        ):
             self._consider(open_, at)
 
     def _settled(self, member: Member, at: float) -> None:
@@ -330,7 +356,10 @@ class Assembly:
         stale = [m for m in open_.members if at - m.seen > FRESH_S]
         companions = {
             c: None
-            for m in open_.members if m.companions for c in m.companions if c.quiet and at - c.answered_at > FRESH_S
+            for m in open_.members
+            if m.companions
+            for c in m.companions
+            if c.quiet and at - c.answered_at > FRESH_S
         }
         if not stale and not companions:
             self._finish(open_, at)
@@ -494,8 +523,9 @@ class Assembly:
         marks = [(canonical(named), "taken"), (canonical(named), "succeeded")]
         marks += [
             (canonical({capture: named[capture] for capture in same}), "succeeded")
-            for same in self._follows(self.rule.id) if all(capture in named for capture in same)
-        ]  # fmt: skip
+            for same in self._follows(self.rule.id)
+            if all(capture in named for capture in same)
+        ]
         for name, kind in marks:
             if self.marks.pop((self.rule.id, name, kind), None):
                 self.out.append(GroupForgotten(self.rule.id, name, kind))
@@ -650,9 +680,8 @@ class Assembly:
         spec = self.spec
         assert spec is not None
         parts = [f"in an open batch of {len(open_.members)} files"]
-        for name in ("only_first", "files", "expect"):
-            if (limit := getattr(spec, name)) is not None:
-                parts.append(f"{limit - len(open_.members)} missing until {name}: {limit}")
+        limits = ((name, getattr(spec, name)) for name in ("only_first", "files", "expect"))
+        parts += [f"{limit - len(open_.members)} missing until {name}: {limit}" for name, limit in limits if limit]
         if spec.bytes is not None:
             parts.append(f"{open_.bytes} of {spec.bytes} bytes")
         if spec.close_on is not None:

@@ -63,7 +63,17 @@ from trigger_daemon.core.regexes import PatternError
 from trigger_daemon.core.rules import Retry, Rule
 from trigger_daemon.core.runs import Run, Runs
 from trigger_daemon.core.saved import OpenRun, Saved
-from trigger_daemon.core.settle import AWAITING, BLOCKED, COMPLETE, INCOMPLETE, NO_STATE, SETTLING, SUSPECT, Member, Settling
+from trigger_daemon.core.settle import (
+    AWAITING,
+    BLOCKED,
+    COMPLETE,
+    INCOMPLETE,
+    NO_STATE,
+    SETTLING,
+    SUSPECT,
+    Member,
+    Settling,
+)
 from trigger_daemon.core.timers import Timers
 
 SETTLING_HIGH = 100_000  # files in their quiet period at which sweeps wait: about 60 MB
@@ -77,16 +87,34 @@ LISTED_MAX = 10_000  # files in one answer
 
 # What of a rule decides only what is done with files, not which are gathered: changing it makes no file wait again.
 _BESIDES: dict[str, Any] = {
-    "action": "", "options": {}, "description": "", "priority": 0, "after": None, "proof": "none", "runs_max": None,
-    "bandwidth": None, "retry": Retry(), "reclaim": None, "file": "", "line": 0, "existing": "process",
-}  # fmt: skip
+    "action": "",
+    "options": {},
+    "description": "",
+    "priority": 0,
+    "after": None,
+    "proof": "none",
+    "runs_max": None,
+    "bandwidth": None,
+    "retry": Retry(),
+    "reclaim": None,
+    "file": "",
+    "line": 0,
+    "existing": "process",
+}
 
 AWAY = frozenset({"lost", "suspect"})
 
 _STAGE = {
-    "settling": "settling", "awaiting": "incomplete", "checking": "settling", "incomplete": "incomplete",
-    "suspect": "incomplete", "blocked": "blocked", "complete": "waiting", "closing": "waiting", "batched": "batched",
-}  # fmt: skip
+    "settling": "settling",
+    "awaiting": "incomplete",
+    "checking": "settling",
+    "incomplete": "incomplete",
+    "suspect": "incomplete",
+    "blocked": "blocked",
+    "complete": "waiting",
+    "closing": "waiting",
+    "batched": "batched",
+}
 
 
 class Providers(Protocol):
@@ -122,9 +150,15 @@ class Engine:
         self.alarms = Alarms(self._out, self._utc)
         self.marks: dict[tuple[int, str, str], tuple[int, float]] = {}
         self.runs = Runs(
-            timers=self.timers, out=self._out, alarms=self.alarms, utc=self._utc, rand=rand, marks=self.marks,
-            runs_max=runs_max, prepares=providers.prepares,
-        )  # fmt: skip
+            timers=self.timers,
+            out=self._out,
+            alarms=self.alarms,
+            utc=self._utc,
+            rand=rand,
+            marks=self.marks,
+            runs_max=runs_max,
+            prepares=providers.prepares,
+        )
         self.rules: dict[str, Rule] = {}
         self.assemblies: dict[int, Assembly] = {}
         self.roots: dict[str, int] = {}
@@ -147,14 +181,28 @@ class Engine:
         self._told_at = 0.0
         self._restored: Sequence[OpenRun] = ()
         self._rule_names: Mapping[int, str] = {}
+        self._kept: Mapping[str, Any] = {}
         self._steps: dict[type, Callable[[Any], None]] = {
-            Seen: self._seen, Unreadable: self._unreadable, Vanished: self._vanished, Swept: self._swept,
-            RootChanged: self._root_changed, Marked: self._marked, Checked: self._checked, Tick: self._tick,
-            Prepared: self.runs.prepared, Started: self.runs.started, NotStarted: self.runs.not_started,
-            StartUnknown: self.runs.start_unknown, Polled: self.runs.polled, Proved: self.runs.proved,
-            Mismatch: self.runs.mismatch, CannotVerify: self.runs.cannot_verify, Order: self._order,
-            RulesOffered: self._rules_offered, Gauged: lambda fact: None,
-        }  # fmt: skip
+            Seen: self._seen,
+            Unreadable: self._unreadable,
+            Vanished: self._vanished,
+            Swept: self._swept,
+            RootChanged: self._root_changed,
+            Marked: self._marked,
+            Checked: self._checked,
+            Tick: self._tick,
+            Prepared: self.runs.prepared,
+            Started: self.runs.started,
+            NotStarted: self.runs.not_started,
+            StartUnknown: self.runs.start_unknown,
+            Polled: self.runs.polled,
+            Proved: self.runs.proved,
+            Mismatch: self.runs.mismatch,
+            CannotVerify: self.runs.cannot_verify,
+            Order: self._order,
+            RulesOffered: self._rules_offered,
+            Gauged: lambda fact: None,
+        }
 
     # ------------------------------------------------------------------- time
 
@@ -200,6 +248,7 @@ class Engine:
         self.runs.paused_rules = set(saved.kept.get("paused_rules") or ())
         self._existing = {key: str(value) for key, value in saved.kept.items() if key.startswith("existing:") and value}
         self._rule_names = saved.rules
+        self._kept = saved.kept
         self.root_paths.update(saved.roots)
         self._restored = saved.runs  # taken up when the first rules are known: `after` and limits hold for them
 
@@ -258,9 +307,7 @@ class Engine:
         known = settling.dirs.get(fact.dir, {})
         old = [(name, state[0], state[1]) for name, state, _ in rows if state is not None and name not in known]
         if old:
-            self._out.append(
-                Claimed(settling.key, fact.root, fact.dir, old, CLAIM_BASELINE, self._utc(fact.ended))
-            )
+            self._out.append(Claimed(settling.key, fact.root, fact.dir, old, CLAIM_BASELINE, self._utc(fact.ended)))
         return [row for row in rows if row[0] in known]
 
     def _unreadable(self, fact: Unreadable) -> None:
@@ -355,11 +402,20 @@ class Engine:
 
     # ---------------------------------------------------------------- batches
 
-    def _close(self, assembly: Assembly, members: list[Member], group: Mapping[str, str], reason: str, at: float) -> int:
+    def _close(
+        self, assembly: Assembly, members: list[Member], group: Mapping[str, str], reason: str, at: float
+    ) -> int:
         return self._make_batch(assembly, members, group, reason, at, again=False)
 
     def _make_batch(
-        self, assembly: Assembly, members: list[Member], group: Mapping[str, str], reason: str, at: float, *, again: bool
+        self,
+        assembly: Assembly,
+        members: list[Member],
+        group: Mapping[str, str],
+        reason: str,
+        at: float,
+        *,
+        again: bool,
     ) -> int:
         self._last_batch += 1
         batch = self._last_batch
@@ -388,22 +444,53 @@ class Engine:
         return self._last_batch
 
     def _record(
-        self, assembly: Assembly, batch: int, records: Sequence[model.Member], captures: Mapping[str, str], reason: str,
-        at: float, *, again: bool = False, waits_on: set[int] | frozenset[int] = frozenset(), own: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        assembly: Assembly,
+        batch: int,
+        records: Sequence[model.Member],
+        captures: Mapping[str, str],
+        reason: str,
+        at: float,
+        *,
+        again: bool = False,
+        waits_on: set[int] | frozenset[int] = frozenset(),
+        own: int = 0,
+    ) -> None:
         rule = assembly.rule
         size = sum(record.size for record in records)
         request = self.request(rule, captures, batch, at)
         destination = "" if "fault" in request else self.providers.destination(rule.action, request["options"])
         shown = dict(captures) if rule.batch else {}
         self._out.append(
-            BatchClosed(batch, rule.id, shown, reason, self._utc(at), records, size, request, destination,
-                        tuple(sorted(waits_on)), again)  # fmt: skip
+            BatchClosed(
+                batch,
+                rule.id,
+                shown,
+                reason,
+                self._utc(at),
+                records,
+                size,
+                request,
+                destination,
+                tuple(sorted(waits_on)),
+                again,
+            )
         )
         self.runs.add(
-            Run(batch, rule.name, rule.id, shown, request, destination, len(records), size,
-                waits_on=set(waits_on), own=own), at
-        )  # fmt: skip
+            Run(
+                batch,
+                rule.name,
+                rule.id,
+                shown,
+                request,
+                destination,
+                len(records),
+                size,
+                waits_on=set(waits_on),
+                own=own,
+            ),
+            at,
+        )
 
     def request(self, rule: Rule, captures: Mapping[str, str], batch: int, at: float) -> dict[str, Any]:
         """Return what the run is to do, with every template rendered; frozen in the journal."""
@@ -417,15 +504,24 @@ class Engine:
         for name in templates & options.keys():
             try:
                 options[name] = patterns.render_all(options[name], values)
-            except (ValueError, KeyError, PatternError) as error:  # the batch is made all the same; a person mends its rule
+            except (
+                ValueError,
+                KeyError,
+                PatternError,
+            ) as error:  # the batch is made all the same; a person mends its rule
                 why = f"it has no value for {error}" if isinstance(error, KeyError) else str(error)
                 fault = {"fault": f"`{name}` cannot be filled in: {why}"}
         return {
-            "rule": rule.name, "group": dict(captures) if rule.batch else {}, "action": rule.action,
-            "options": options, "captures": dict(captures), "proof": rule.proof,
-            "retry": asdict(rule.retry), "bandwidth": rule.bandwidth,
+            "rule": rule.name,
+            "group": dict(captures) if rule.batch else {},
+            "action": rule.action,
+            "options": options,
+            "captures": dict(captures),
+            "proof": rule.proof,
+            "retry": asdict(rule.retry),
+            "bandwidth": rule.bandwidth,
             **fault,
-        }  # fmt: skip
+        }
 
     # ------------------------------------------------------------------ rules
 
@@ -434,9 +530,11 @@ class Engine:
             self.rules_fault = fact.fault
             where = f"{fact.fault.get('file')}:{fact.fault.get('line')}:{fact.fault.get('column')}"
             self.alarms.raised(
-                "rules", f"the rule files have a fault, the last good rules go on: {where}: {fact.fault.get('message')}",
-                str(fact.fault.get("hint", "")), fact.at,
-            )  # fmt: skip
+                "rules",
+                f"the rule files have a fault, the last good rules go on: {where}: {fact.fault.get('message')}",
+                str(fact.fault.get("hint", "")),
+                fact.at,
+            )
             return
         self.rules_fault = None
         self.alarms.clear("rules", fact.at)
@@ -451,9 +549,11 @@ class Engine:
             self._offered = fact
             names = ", ".join(sorted(moved))
             self.alarms.raised(
-                "rules-apply", f"a changed root would start work again for files already done: {names}",
-                "`trigger-daemon rules apply` shows the numbers and asks: same, all or new", fact.at,
-            )  # fmt: skip
+                "rules-apply",
+                f"a changed root would start work again for files already done: {names}",
+                "`trigger-daemon rules apply` shows the numbers and asks: same, all or new",
+                fact.at,
+            )
         else:
             self._offered = None
             self.alarms.clear("rules-apply", fact.at)
@@ -487,9 +587,19 @@ class Engine:
             root, was = self.roots[rule.watch], before.get(rule.name)
             if rule.id not in self.assemblies:
                 assembly = Assembly(
-                    rule=rule, root=root, roots=self.roots, timers=self.timers, out=self._out, close=self._close,
-                    close_late=self._close_late, follows=self.runs.follows, since=self._last_batch, marks=self.marks, utc=self._utc, next_ask=self._next_ask,
-                )  # fmt: skip
+                    rule=rule,
+                    root=root,
+                    roots=self.roots,
+                    timers=self.timers,
+                    out=self._out,
+                    close=self._close,
+                    close_late=self._close_late,
+                    follows=self.runs.follows,
+                    since=self._last_batch,
+                    marks=self.marks,
+                    utc=self._utc,
+                    next_ask=self._next_ask,
+                )
                 health = self.root_health.get(root)
                 assembly.steady = health is None or health.health not in AWAY
                 self.assemblies[rule.id] = assembly
@@ -512,7 +622,7 @@ class Engine:
         self.rules = new
         self.runs.use(list(rules), fact.at)
         if self._restored:
-            self.runs.restore(self._restored, self._rule_names, fact.at)
+            self.runs.restore(self._restored, self._rule_names, self._kept, fact.at)
             self._restored = ()
         self._settlings = {}
         self._by_root = {}
@@ -561,7 +671,9 @@ class Engine:
         assert spec is not None
         wait = self._next_due(spec.at, self._utc(at)) - self._utc(at)
         # At most an hour ahead: the wall clock may be set meanwhile.
-        self.timers.set((assembly.rule.id, "at"), at + min(max(wait, 0.05), 3_600.0), lambda now: self._at(assembly, now))
+        self.timers.set(
+            (assembly.rule.id, "at"), at + min(max(wait, 0.05), 3_600.0), lambda now: self._at(assembly, now)
+        )
 
     def _at(self, assembly: Assembly, now: float) -> None:
         spec = assembly.rule.batch
@@ -586,7 +698,11 @@ class Engine:
 
     def _last_due(self, times: Sequence[str], utc: float) -> float:
         today = datetime.datetime.fromtimestamp(utc, self._zone).date()
-        days = (today - datetime.timedelta(days=2), today - datetime.timedelta(days=1), today)  # zones have skipped a day
+        days = (
+            today - datetime.timedelta(days=2),
+            today - datetime.timedelta(days=1),
+            today,
+        )  # zones have skipped a day
         return max(due for day in days for due in self._dues(times, day) if due <= utc)
 
     def _next_due(self, times: Sequence[str], utc: float) -> float:
@@ -681,7 +797,9 @@ class Engine:
             if member is None:
                 reasons.append(f"{assembly.rule.name}: not waiting here (see `trigger-daemon explain`)")
             elif not assembly.steady or member.state is NO_STATE:
-                reasons.append(f"{assembly.rule.name}: its root is away, or just back; wait until it was looked at again")
+                reasons.append(
+                    f"{assembly.rule.name}: its root is away, or just back; wait until it was looked at again"
+                )
             elif not go and (member.unsettled or member.stage in (BLOCKED, COMPLETE)):
                 assembly.skip(member, order.at)
                 done.append(assembly.rule.name)
@@ -693,7 +811,10 @@ class Engine:
                 reasons.append(f"{assembly.rule.name}: it is {member.stage}: {member.why or 'wait for it'}")
         self._tell_blocked(order.at)
         if not done:
-            return _no("; ".join(reasons) or "no rule watches this path", "`trigger-daemon files list` names what can be moved on")
+            return _no(
+                "; ".join(reasons) or "no rule watches this path",
+                "`trigger-daemon files list` names what can be moved on",
+            )
         return {"ok": True, "rules": done, "text": f"{'goes on' if go else 'skipped'} for {', '.join(done)}"}
 
     def _files_resend(self, order: Order) -> dict[str, Any]:
@@ -730,7 +851,12 @@ class Engine:
             else:
                 done.append(number)
         if errors and not done:
-            return {"ok": False, "error": "; ".join(errors[:5]), "hint": "`trigger-daemon runs list` shows states", "done": []}
+            return {
+                "ok": False,
+                "error": "; ".join(errors[:5]),
+                "hint": "`trigger-daemon runs list` shows states",
+                "done": [],
+            }
         return {"ok": True, "done": done, "errors": errors, "text": f"{verb}: {len(done)} runs"}
 
     def _alarms_ack(self, order: Order) -> dict[str, Any]:
@@ -750,9 +876,7 @@ class Engine:
         if choice not in ("same", "all", "new"):
             return _no(f"{choice!r} is not a choice", "say same (they are the same files), all, or new (only new ones)")
         offered = self._offered
-        self._rules_offered(
-            RulesOffered(offered.rules, offered.roots, offered.source, order.at, None, choice)
-        )
+        self._rules_offered(RulesOffered(offered.rules, offered.roots, offered.source, order.at, None, choice))
         return {"ok": True, "text": f"applied: {choice}"}
 
     # -------------------------------------------------------------- questions
@@ -774,7 +898,13 @@ class Engine:
         member = assembly.settling.get(below)
         spec = rule.batch
         # Of one that has settled its claim tells; nothing else will become of one that still does.
-        if spec and spec.only_first is not None and member is not None and member.unsettled and spec.new_group_after_s is None:
+        if (
+            spec
+            and spec.only_first is not None
+            and member is not None
+            and member.unsettled
+            and spec.new_group_after_s is None
+        ):
             group = canonical({name: captures.get(name, "") for name in spec.group_by})
             mark = self.marks.get((rule.id, group, "taken"))
             if mark is not None:
@@ -814,10 +944,15 @@ class Engine:
                     continue
                 if len(files) >= LISTED_MAX:
                     return {"ok": True, "files": files, "more": True}
-                files.append({
-                    "path": f"{assembly.rule.watch.rstrip('/')}/{member.path}", "rule": assembly.rule.name,
-                    "stage": stage, "size": max(member.state[0], 0), **self._because(assembly, member),
-                })  # fmt: skip
+                files.append(
+                    {
+                        "path": f"{assembly.rule.watch.rstrip('/')}/{member.path}",
+                        "rule": assembly.rule.name,
+                        "stage": stage,
+                        "size": max(member.state[0], 0),
+                        **self._because(assembly, member),
+                    }
+                )
         return {"ok": True, "files": files, "more": False}
 
     def _batches_list(self, order: Order) -> dict[str, Any]:
@@ -826,10 +961,16 @@ class Engine:
             for open_ in [*assembly.groups.values(), *assembly.closings]:
                 member = next(iter(open_.members), None)
                 words, until = assembly.waiting(member) if member else ("", None)
-                batches.append({
-                    "rule": assembly.rule.name, "group": assembly.named(open_.group), "files": len(open_.members),
-                    "bytes": open_.bytes, "waiting_for": words, "until_time": None if until is None else self._utc(until),
-                })  # fmt: skip
+                batches.append(
+                    {
+                        "rule": assembly.rule.name,
+                        "group": assembly.named(open_.group),
+                        "files": len(open_.members),
+                        "bytes": open_.bytes,
+                        "waiting_for": words,
+                        "until_time": None if until is None else self._utc(until),
+                    }
+                )
         return {"ok": True, "batches": batches}
 
     def _waiting(self, order: Order) -> dict[str, Any]:
@@ -839,9 +980,12 @@ class Engine:
 
     def _run_words(self, run: Run) -> dict[str, Any]:
         return {
-            "waiting_for": self.runs.waiting_for(run), "error": run.error, "hint": run.hint,
-            "files_done": run.files_done, "bytes_done": run.bytes_done,
-        }  # fmt: skip
+            "waiting_for": self.runs.waiting_for(run),
+            "error": run.error,
+            "hint": run.hint,
+            "files_done": run.files_done,
+            "bytes_done": run.bytes_done,
+        }
 
     # --------------------------------------------------------------- snapshot
 
@@ -856,10 +1000,12 @@ class Engine:
                 first = next(iter(members))
                 words = "blocked" if kind == "blocked" else "not complete for too long"
                 self.alarms.raised(
-                    key, f"{len(members)} files of {assembly.rule.name} are {words}, the first: {first.path}: {first.why}",
+                    key,
+                    f"{len(members)} files of {assembly.rule.name} are {words}, the first: {first.path}: {first.why}",
                     f"`trigger-daemon files list --stage {'blocked' if kind == 'blocked' else 'incomplete'}`, "
-                    "then `files go` or `files skip`", at,
-                )  # fmt: skip
+                    "then `files go` or `files skip`",
+                    at,
+                )
 
     def snapshot(self) -> dict[str, Any]:
         """Return what the heartbeat tells the command line."""
@@ -873,7 +1019,8 @@ class Engine:
             if counts[0]:
                 tallies.setdefault(number, {})[state] = counts
         return {
-            "rules": [self._rule_words(rule, batched, tallies) for rule in self.rules.values()] + self._removed(tallies),
+            "rules": [self._rule_words(rule, batched, tallies) for rule in self.rules.values()]
+            + self._removed(tallies),
             "alarms": [
                 {"key": key, "what": a.what, "hint": a.hint, "since_time": a.since_time, "acked_by": a.acked_by or None}
                 for key, a in self.alarms.open.items()
@@ -882,17 +1029,31 @@ class Engine:
             "undecided": {name: dict(v) for name, v in self.undecided.items()},
             "paused": self.runs.paused_all,
             "roots": [
-                {"path": self.root_paths.get(n, ""), "health": h.health, "why": h.why, "hint": h.hint, "events": h.events}
+                {
+                    "path": self.root_paths.get(n, ""),
+                    "health": h.health,
+                    "why": h.why,
+                    "hint": h.hint,
+                    "events": h.events,
+                }
                 for n, h in self.root_health.items()
             ],
             "sweeps_held": self._holding,
             "destinations_down": {name: down.why for name, down in self.runs.down.items()},
             "working": [
-                {"run": run.id, "rule": run.rule, "state": run.state, "files": run.files, "bytes": run.bytes,
-                 "files_done": run.files_done, "bytes_done": run.bytes_done}
-                for run in self.runs.open.values() if run.slot
+                {
+                    "run": run.id,
+                    "rule": run.rule,
+                    "state": run.state,
+                    "files": run.files,
+                    "bytes": run.bytes,
+                    "files_done": run.files_done,
+                    "bytes_done": run.bytes_done,
+                }
+                for run in self.runs.open.values()
+                if run.slot
             ][:50],
-        }  # fmt: skip
+        }
 
     def _rule_words(
         self, rule: Rule, batched: Mapping[Settling, int], tallies: Mapping[int, Mapping[str, list[int]]]
@@ -904,9 +1065,13 @@ class Engine:
         complete = sum(len(o.members) for o in (*assembly.groups.values(), *assembly.closings))
         settling = assembly.settling.count - complete - batched[assembly.settling] - stages["blocked"]
         return {
-            "name": rule.name, "state": "paused" if rule.name in self.runs.paused_rules else "active",
-            "settling": max(settling, 0), "complete": complete, **stages, **_tally(tallies.get(rule.id, {})),
-        }  # fmt: skip
+            "name": rule.name,
+            "state": "paused" if rule.name in self.runs.paused_rules else "active",
+            "settling": max(settling, 0),
+            "complete": complete,
+            **stages,
+            **_tally(tallies.get(rule.id, {})),
+        }
 
     def _removed(self, tallies: Mapping[int, Mapping[str, list[int]]]) -> list[dict[str, Any]]:
         """Rules that are gone but have open runs."""
@@ -915,18 +1080,26 @@ class Engine:
             if run.rule not in self.rules:
                 gone[run.rule] = run.rule_id
         return [
-            {"name": name, "state": "removed", "settling": 0, "complete": 0, "blocked": 0, "stalled": 0,
-             **_tally(tallies.get(number, {}))}
+            {
+                "name": name,
+                "state": "removed",
+                "settling": 0,
+                "complete": 0,
+                "blocked": 0,
+                "stalled": 0,
+                **_tally(tallies.get(number, {})),
+            }
             for name, number in gone.items()
-        ]  # fmt: skip
+        ]
 
 
 def _tally(counts: Mapping[str, list[int]]) -> dict[str, Any]:
     done = [c for state, c in counts.items() if state in (RunState.VERIFIED, RunState.SUCCEEDED)]
     return {
         "runs": {str(state): c[0] for state, c in counts.items()},
-        "files_done": sum(c[1] for c in done), "bytes_done": sum(c[2] for c in done),
-    }  # fmt: skip
+        "files_done": sum(c[1] for c in done),
+        "bytes_done": sum(c[2] for c in done),
+    }
 
 
 def _numbers(given: Any) -> list[int]:

@@ -49,9 +49,7 @@ _TABLE: dict[Event, tuple[tuple[tuple[S, ...], S], ...]] = {
     Event.ABANDON: (((S.HELD,), S.ABANDONED),),
     Event.CANCEL: (((S.PENDING, S.STARTING, S.ACTIVE, S.INACTIVE, S.HELD), S.CANCELLING),),
     Event.CANCELLED: (((S.CANCELLING,), S.CANCELLED),),
-    Event.SUPERSEDED: (
-        ((S.PENDING, S.STARTING, S.ACTIVE, S.INACTIVE, S.SUCCEEDED, S.HELD), S.SUPERSEDED),
-    ),
+    Event.SUPERSEDED: (((S.PENDING, S.STARTING, S.ACTIVE, S.INACTIVE, S.SUCCEEDED, S.HELD), S.SUPERSEDED),),
 }
 
 TRANSITIONS: dict[tuple[S, Event], S] = {

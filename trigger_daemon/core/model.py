@@ -325,8 +325,25 @@ class Vanished:
 
 
 Fact = (
-    Seen | Unreadable | Vanished | Swept | RootChanged | Marked | Checked | Tick | Prepared | Started | NotStarted
-    | StartUnknown | Polled | Proved | Mismatch | CannotVerify | Order | RulesOffered | Gauged
+    Seen
+    | Unreadable
+    | Vanished
+    | Swept
+    | RootChanged
+    | Marked
+    | Checked
+    | Tick
+    | Prepared
+    | Started
+    | NotStarted
+    | StartUnknown
+    | Polled
+    | Proved
+    | Mismatch
+    | CannotVerify
+    | Order
+    | RulesOffered
+    | Gauged
 )
 
 
@@ -437,7 +454,10 @@ class BaselineSet:
 
 @dataclass(frozen=True, slots=True)
 class GroupSet:
-    """Record: a durable mark on a rule's group. kind: taken (`only_first` closed), succeeded (for `after`), at (last `batch.at`)."""
+    """Record: a durable mark on a rule's group.
+
+    `kind`: taken (`only_first` closed), succeeded (for `after`), at (last `batch.at`).
+    """
 
     rule: int
     group: str  # canonical JSON
@@ -503,7 +523,7 @@ class Ordered:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """Record: delete the claims of these vanished names (None: of the directory) whose runs are final and older than `before`."""
+    """Record: delete claims of vanished names (None: of the directory) whose runs ended before `before`."""
 
     root: int
     dir: str
@@ -513,7 +533,7 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class ClaimsCarried:
-    """Record: a rule's root moved and holds the same files: what was claimed below the old one is claimed below the new."""
+    """Record: a rule's root moved with its files: what was claimed below the old one is claimed below the new."""
 
     rule: int
     from_root: int
@@ -521,8 +541,23 @@ class ClaimsCarried:
 
 
 RECORDS = (
-    ClaimsCarried, Forgotten, BatchClosed, Claimed, RunMoved, AttemptMade, AttemptChanged, ProofKept, BaselineSet, GroupSet,
-    GroupForgotten, AlarmRaised, AlarmCleared, AlarmAcked, Kept, RulesAccepted, Ordered,
+    ClaimsCarried,
+    Forgotten,
+    BatchClosed,
+    Claimed,
+    RunMoved,
+    AttemptMade,
+    AttemptChanged,
+    ProofKept,
+    BaselineSet,
+    GroupSet,
+    GroupForgotten,
+    AlarmRaised,
+    AlarmCleared,
+    AlarmAcked,
+    Kept,
+    RulesAccepted,
+    Ordered,
 )
 
 
@@ -638,7 +673,35 @@ class Log:
 
 
 Effect = (
-    ClaimsCarried | Forgotten | BatchClosed | Claimed | RunMoved | AttemptMade | AttemptChanged | ProofKept | BaselineSet | GroupSet
-    | GroupForgotten | AlarmRaised | AlarmCleared | AlarmAcked | Kept | RulesAccepted | Ordered
-    | Look | Sweep | Mark | HoldSweeps | Check | Prepare | Start | Find | Poll | Cancel | Verify | Answer | UseRules | Log
+    ClaimsCarried
+    | Forgotten
+    | BatchClosed
+    | Claimed
+    | RunMoved
+    | AttemptMade
+    | AttemptChanged
+    | ProofKept
+    | BaselineSet
+    | GroupSet
+    | GroupForgotten
+    | AlarmRaised
+    | AlarmCleared
+    | AlarmAcked
+    | Kept
+    | RulesAccepted
+    | Ordered
+    | Look
+    | Sweep
+    | Mark
+    | HoldSweeps
+    | Check
+    | Prepare
+    | Start
+    | Find
+    | Poll
+    | Cancel
+    | Verify
+    | Answer
+    | UseRules
+    | Log
 )

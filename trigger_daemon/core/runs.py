@@ -26,6 +26,7 @@ from trigger_daemon.core.model import (
     Fault,
     Find,
     GroupSet,
+    Kept,
     Log,
     Mismatch,
     NotStarted,
@@ -57,6 +58,8 @@ UNREACHABLE_POLL_MAX_S = 60.0
 UNREACHABLE_ALARM_S = 600.0
 FIND_AGAIN_S = 5.0
 MISMATCHES_MAX = 1  # members that differ go once again; then a person looks
+
+LEFT = "left:"  # under which the journal keeps what an ended run still waited for
 
 WORKING = frozenset({RunState.STARTING, RunState.ACTIVE, RunState.INACTIVE, RunState.CANCELLING})
 
@@ -146,7 +149,9 @@ class Runs:
         self.dirty = False
         self._ready: dict[str, list[int]] = {}
         self._working: dict[str, int] = {}
-        self._after: dict[tuple[int, str], dict[int, None]] = {}  # (rule id, captures) -> runs that wait for its success
+        self._after: dict[
+            tuple[int, str], dict[int, None]
+        ] = {}  # (rule id, captures) -> runs that wait for its success
         self._blocking: dict[int, list[int]] = {}  # run -> runs that wait for its end
         self._left: dict[int, set[int]] = {}  # ended run -> open runs that it still waited for
         self._followed: dict[int, set[tuple[str, ...]]] = {}  # rule id -> sets of `same` that others ask for
@@ -193,7 +198,9 @@ class Runs:
         self._count(run, +1)
         self._enqueue(run, at)
 
-    def restore(self, saved: Iterable[OpenRun], names: Mapping[int, str], at: float) -> None:
+    def restore(
+        self, saved: Iterable[OpenRun], names: Mapping[int, str], kept: Mapping[str, Any], at: float
+    ) -> None:
         """Take the open runs of the journal: ask the providers about what was under way, once."""
         for key, alarm in list(self.alarms.open.items()):
             kind, _, destination = key.partition(":")
@@ -203,11 +210,23 @@ class Runs:
                 self.timers.set(("probe", destination), at, functools.partial(self._probe, destination))
         for old in saved:
             run = Run(
-                old.id, names.get(old.rule, str(old.rule)), old.rule, old.group, old.request, old.destination, old.files, old.bytes,
-                state=RunState(old.state), created_at=at, attempts=old.attempts, waits_on=set(old.waits_on),
-                error=old.error or "", hint=old.hint or "", output=old.output,
+                old.id,
+                names.get(old.rule, str(old.rule)),
+                old.rule,
+                old.group,
+                old.request,
+                old.destination,
+                old.files,
+                old.bytes,
+                state=RunState(old.state),
+                created_at=at,
+                attempts=old.attempts,
+                waits_on=set(old.waits_on),
+                error=old.error or "",
+                hint=old.hint or "",
+                output=old.output,
                 own=old.files,
-            )  # fmt: skip
+            )
             self.open[run.id] = run
             if f"unreachable:{run.id}" in self.alarms.open:
                 run.unreachable_since = at
@@ -219,6 +238,11 @@ class Runs:
                 run.prepared, run.handle = attempt.prepared, attempt.handle
                 run.live = attempt.ended_time is None
             self._resume(run, at)
+        for key in [key for key in kept if key.startswith(LEFT)]:
+            ended, left = int(key.removeprefix(LEFT)), {other for other in kept[key] or () if other in self.open}
+            self._leave(ended, left)
+            for other in left:
+                self._blocking.setdefault(other, []).append(ended)
 
     def _resume(self, run: Run, at: float) -> None:
         run.waits_on = {other for other in run.waits_on if other in self.open and other != run.id}
@@ -253,7 +277,9 @@ class Runs:
         if run.slot:
             return  # it is being prepared; the answer moves it
         if fault := run.request.get("fault"):
-            self._hold(run, str(fault), "mend the rule, send its files again with `files resend`, and abandon this run", at)
+            self._hold(
+                run, str(fault), "mend the rule, send its files again with `files resend`, and abandon this run", at
+            )
             return
         blockers = [other for other in run.waits_on if other in self.open]
         if blockers:
@@ -493,7 +519,9 @@ class Runs:
     def _progress(self, run: Run, fact: Polled) -> None:
         if fact.status == "inactive" and run.state == RunState.ACTIVE:
             self._move(run, Event.PAUSED, fact.why, fact.at, error=fact.why, hint=fact.hint)
-            self.alarms.raised(f"inactive:{run.id}", f"run {run.id} of {run.rule} is paused: {fact.why}", fact.hint, fact.at)
+            self.alarms.raised(
+                f"inactive:{run.id}", f"run {run.id} of {run.rule} is paused: {fact.why}", fact.hint, fact.at
+            )
         elif fact.status == "active" and run.state == RunState.INACTIVE:
             self._move(run, Event.RESUMED, fact.why or "goes on", fact.at, error="", hint="")
         if fact.status == "active" and self.alarms.open:
@@ -561,7 +589,11 @@ class Runs:
             self._up(run, at)
         failing_for = 0.0 if run.failing_since is None else at - run.failing_since
         decision = retry.decide(
-            fault, failures=max(1, run.failures), failing_for_s=failing_for, policy=self._retry_policy(run), rand=self.rand()
+            fault,
+            failures=max(1, run.failures),
+            failing_for_s=failing_for,
+            policy=self._retry_policy(run),
+            rand=self.rand(),
         )
         if isinstance(decision, retry.Hold):
             self._hold(run, decision.because, decision.hint, at)
@@ -588,7 +620,9 @@ class Runs:
             down.parked.insert(0, run.id)
         destination = run.destination
         self.timers.set(("probe", destination), down.probe_at, lambda now: self._probe(destination, now))
-        self.alarms.raised(f"destination:{destination}", f"destination {destination} is down: {fault.why}", fault.hint, at)
+        self.alarms.raised(
+            f"destination:{destination}", f"destination {destination} is down: {fault.why}", fault.hint, at
+        )
 
     def _probe(self, destination: str, now: float) -> None:
         """Let one run try."""
@@ -665,15 +699,20 @@ class Runs:
         run.failures += 1
         run.failing_since = fact.at if run.failing_since is None else run.failing_since
         decision = retry.decide(
-            fault, failures=run.failures, failing_for_s=fact.at - run.failing_since,
-            policy=self._retry_policy(run), rand=self.rand(),
-        )  # fmt: skip
+            fault,
+            failures=run.failures,
+            failing_for_s=fact.at - run.failing_since,
+            policy=self._retry_policy(run),
+            rand=self.rand(),
+        )
         if isinstance(decision, retry.Hold):
             self._hold(run, f"could not be proved: {decision.because}", decision.hint, fact.at)
             return
         run.waiting = f"the proof, after: {fault.why}"
         attempt = run.attempts
-        self.timers.set(("verify", run.id), fact.at + max(decision.wait_s, 1.0), lambda now: self._verify_again(run, attempt))
+        self.timers.set(
+            ("verify", run.id), fact.at + max(decision.wait_s, 1.0), lambda now: self._verify_again(run, attempt)
+        )
 
     def _verify_again(self, run: Run, attempt: int) -> None:
         if self._verifying(run.id, attempt) is run:
@@ -695,7 +734,9 @@ class Runs:
             if not run.live and not run.asked:
                 self._free_slot(run)
             self.out.append(Log("run.held", {"run": run.id, "rule": run.rule, "because": because}, "warning"))
-            self.alarms.raised(f"held:{run.rule}", f"runs of {run.rule} are held; the latest, {run.id}: {because}", words, at)
+            self.alarms.raised(
+                f"held:{run.rule}", f"runs of {run.rule} are held; the latest, {run.id}: {because}", words, at
+            )
 
     def _end(self, run: Run, event: Event, because: str, at: float) -> None:
         """Move to a state where nothing more happens."""
@@ -714,17 +755,22 @@ class Runs:
                         self._succeeded_for(run, canonical({name: run.captures[name] for name in same}), at)
         left = {other for other in run.waits_on if other in self.open}
         if left:  # it never began: who would have come after it comes after these
-            self._left[run.id] = left
+            self._leave(run.id, left)
         for waiting in self._blocking.pop(run.id, ()):
             if (ended := self._left.get(waiting)) is not None:
-                ended.discard(run.id)
-                if not ended:
-                    del self._left[waiting]
+                self._leave(waiting, ended - {run.id})
             other = self.open.get(waiting)
             if other is not None:
                 other.waits_on = other.waits_on - {run.id} | left
                 if other.place == "blocked":
                     self._enqueue(other, at)
+
+    def _leave(self, ended: int, left: set[int]) -> None:
+        """Remember, over a restart too, what an ended run still waited for."""
+        self._left.pop(ended, None)
+        if left:
+            self._left[ended] = left
+        self.out.append(Kept(f"{LEFT}{ended}", sorted(left) or None))
 
     def _succeeded_for(self, run: Run, same: str, at: float) -> None:
         key = (run.rule_id, same, "succeeded")
@@ -767,7 +813,9 @@ class Runs:
             return set(self._left.get(run_id, ()))
         run.newer.add(path)
         left = {other for other in run.waits_on if other in self.open}
-        return left if self._outdated(run, at) else {run_id, *left}  # those, too: this one may be cancelled before it began
+        return (
+            left if self._outdated(run, at) else {run_id, *left}
+        )  # those, too: this one may be cancelled before it began
 
     def _outdated(self, run: Run, at: float) -> bool:
         """End a run of which every file has a newer version, unless something of it is under way."""

@@ -77,7 +77,20 @@ class Companion:
 class Member:
     """One file of one rule, on its way from the first look to its batch."""
 
-    __slots__ = ("batch", "companions", "dir", "earlier", "flag", "home", "looked", "name", "seen", "stage", "state", "why")
+    __slots__ = (
+        "batch",
+        "companions",
+        "dir",
+        "earlier",
+        "flag",
+        "home",
+        "looked",
+        "name",
+        "seen",
+        "stage",
+        "state",
+        "why",
+    )
 
     def __init__(self, home: Settling, directory: str, name: str, state: State, looked: float, earlier: int) -> None:
         self.home = home
@@ -551,7 +564,7 @@ class Settling:
         return min(COMPANION_LOOK_S, max(self.quiescence_s, 0.05))
 
     def _look_at(self, companions: Iterable[Companion], at: float, *, always: bool = False) -> None:
-        """Look at companions, at each once: not where a look is under way, and only `always` where one was just answered."""
+        """Look at companions, each once, not where a look is under way; `always`: even where one was just answered."""
         by_place: dict[tuple[int, str], list[str]] = {}
         for companion in companions:
             if at < companion.asked_at + 60.0:
@@ -666,7 +679,7 @@ class Settling:
         self.release(member)
 
     def release(self, member: Member) -> None:
-        """Look for the file's companions no more, but for those that it goes without: they are awaited for themselves."""
+        """Look for the file's companions no more, but for those that it goes without."""
         for companion in member.companions:
             spec = companion.spec
             if member.batch and spec and spec.missing == "go" and not spec.shared and companion.state is None:
