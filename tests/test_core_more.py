@@ -221,6 +221,17 @@ def test_alarms_of_before_a_restart_are_cleared_when_their_causes_are_gone():
     assert not [key for key in lab.engine.alarms.open if key.startswith(("destination", "unreachable"))]
 
 
+def test_alarm_of_a_destination_that_nobody_needs_any_more_ends_over_a_restart():
+    """Without a run to it, a destination is nobody's trouble."""
+    lab = closed_run()
+    lab.step(model.NotStarted(1, 1, Fault("transient", "not mounted", scope=Scope.DESTINATION), lab.at))
+    lab.order("runs.cancel", ids=[1])
+    lab.crash()
+    lab.run_for(5)
+
+    assert not lab.engine.alarms.open
+
+
 def test_alarm_of_a_held_run_ends_when_the_provider_ends_its_attempt_well():
     """A held run that succeeded is held no more."""
     lab = closed_run()
@@ -310,7 +321,9 @@ def test_backoff_is_kept_although_the_run_was_ready_twice():
 def test_run_goes_on_when_the_rule_it_waited_for_is_gone():
     """`after` holds for the rules in force, also for runs that wait already."""
     qc = rule("qc", 1, match=("{chip}/{n}.tif",), batch=Batch(group_by=("chip",), only_first=5))
-    main = rule("main", 2, match=("{chip}/{n}.tif",), batch=Batch(group_by=("chip",), files=1), after=After("qc", ("chip",)))
+    main = rule(
+        "main", 2, match=("{chip}/{n}.tif",), batch=Batch(group_by=("chip",), files=1), after=After("qc", ("chip",))
+    )
     lab = Lab(qc, main, auto=False)
     lab.write("a/1.tif")
     lab.run_for(31)
@@ -358,10 +371,14 @@ def test_template_that_cannot_be_filled_holds_its_run_and_not_the_daemon():
 @pytest.mark.parametrize(
     ("verb", "args"),
     [
-        ("runs.hold", {"ids": ["x", None, 3.5]}), ("runs.waiting", {"ids": ["x"]}), ("files.resend", {"files": [{"rule": "r"}, 7]}),
-        ("batches.close", {"rule": "r", "captures": [1]}), ("files.go", {"path": 7}), ("alarms.ack", {"key": []}),
+        ("runs.hold", {"ids": ["x", None, 3.5]}),
+        ("runs.waiting", {"ids": ["x"]}),
+        ("files.resend", {"files": [{"rule": "r"}, 7]}),
+        ("batches.close", {"rule": "r", "captures": [1]}),
+        ("files.go", {"path": 7}),
+        ("alarms.ack", {"key": []}),
     ],
-)  # fmt: skip
+)
 def test_order_without_sense_is_answered(verb, args):
     """Whatever stands in an order, the loop lives and answers."""
     lab = Lab(rule())
@@ -529,7 +546,9 @@ def test_doubt_about_a_file_does_not_outrun_its_companions_check():
 def test_companion_that_changes_while_the_batch_is_open_makes_its_file_wait():
     """Companions are looked at again as well when the batch closes: the manifest names what is there."""
     lab = Lab(
-        rule(match=("{stem}.tif",), batch=Batch(idle_s=600), complete=Complete(companions=(With("{stem}.xml", "/epu"),))),
+        rule(
+            match=("{stem}.tif",), batch=Batch(idle_s=600), complete=Complete(companions=(With("{stem}.xml", "/epu"),))
+        ),
         companion_roots={"/epu": 2},
     )
     lab.write("a.xml", 5, root=2)
@@ -544,7 +563,11 @@ def test_companion_that_changes_while_the_batch_is_open_makes_its_file_wait():
 def test_companion_on_a_root_that_is_away_does_not_keep_the_batch_closing_for_ever():
     """What cannot be looked at sends its file back to waiting, and the rest goes."""
     lab = Lab(
-        rule(match=("{stem}.tif",), batch=Batch(idle_s=600), complete=Complete(companions=(With("{stem}.xml", "/epu", wait_s=1e6),))),
+        rule(
+            match=("{stem}.tif",),
+            batch=Batch(idle_s=600),
+            complete=Complete(companions=(With("{stem}.xml", "/epu", wait_s=1e6),)),
+        ),
         companion_roots={"/epu": 2},
     )
     for stem in "ab":

@@ -65,22 +65,27 @@ class Shelf:
 def executor(provider: Any, broken: bool = False) -> tuple[Executor, Clock, queue.Queue[model.Fact]]:
     clock, facts = Clock(), queue.Queue()
     made = Executor(
-        journal=Requests(broken), providers=Shelf(provider), post=facts.put,  # type: ignore[arg-type]
-        root_path=lambda root: "/", clock=clock,
-    )  # fmt: skip
+        journal=Requests(broken),
+        providers=Shelf(provider),
+        post=facts.put,  # type: ignore[arg-type]
+        root_path=lambda root: "/",
+        clock=clock,
+    )
     return made, clock, facts
 
 
 @pytest.mark.parametrize(
     ("effect", "answer"),
     [
-        (model.Prepare(1, 1), model.NotStarted), (model.Start(1, 1, None), model.StartUnknown),
+        (model.Prepare(1, 1), model.NotStarted),
+        (model.Start(1, 1, None), model.StartUnknown),
         (model.Find(1, 1, None), model.StartUnknown),
-        (model.Poll(1, 1, "h"), model.StartUnknown), (model.Verify(1, 1, "h"), model.CannotVerify),
+        (model.Poll(1, 1, "h"), model.StartUnknown),
+        (model.Verify(1, 1, "h"), model.CannotVerify),
     ],
-)  # fmt: skip
+)
 def test_call_that_hangs_is_answered_by_what_lets_its_run_go_on(effect, answer):
-    """A prepare is asked for again, a start looked for, a proof asked for again: no run waits for a thread that is lost."""
+    """A prepare is asked again, a start looked for, a proof asked again: no run waits for a lost thread."""
     hang = threading.Event()
     provider = HangingProvider(hang)
     made, clock, facts = executor(provider)

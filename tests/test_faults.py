@@ -45,6 +45,7 @@ class Mounts:
     """Mounts below a test's own directory, undone at its end, the last made first."""
 
     def __init__(self) -> None:
+        """Mount nothing yet."""
         self._points: list[Path] = []
 
     def _mount(self, *arguments: str | Path) -> None:
@@ -116,7 +117,7 @@ def claims(here: Site) -> int:
 @pytest.mark.parametrize("events", EVENTS)
 @pytest.mark.parametrize("point", ["missing", "empty"])
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
-def test_a_root_that_is_mounted_later_is_waited_for(shm_path, mounts, site, kind, point, events):
+def test_a_root_that_is_mounted_later_is_waited_for(mounts, site, kind, point, events):
     """No root yet: the status says so with a hint, nothing is created; once it is there all of it goes, once."""
     here = site(events=events)
     here.write_rules(here.rule(batch={"files": 500, "idle": "1s"}))
@@ -147,7 +148,7 @@ def test_a_root_that_is_mounted_later_is_waited_for(shm_path, mounts, site, kind
 
 @pytest.mark.parametrize("events", EVENTS)
 @pytest.mark.parametrize("lazy", [True, False])
-def test_a_root_unmounted_while_files_settle_loses_and_repeats_nothing(shm_path, mounts, site, events, lazy):
+def test_a_root_unmounted_while_files_settle_loses_and_repeats_nothing(mounts, site, events, lazy):
     """We hold nothing open, no batch closes on what vanished, and all of it goes once after the return."""
     here = site(events=events, quiescence="3s")
     here.write_rules(here.rule(batch={"idle": "1s", "files": 10_000}))
@@ -182,7 +183,7 @@ def test_a_root_unmounted_while_files_settle_loses_and_repeats_nothing(shm_path,
 
 @pytest.mark.parametrize("events", EVENTS)
 @pytest.mark.parametrize("kind", ["other file system", "same file system"])
-def test_an_empty_mount_point_is_no_deletion(shm_path, mounts, site, events, kind):
+def test_an_empty_mount_point_is_no_deletion(mounts, site, events, kind):
     """The disk goes and leaves an empty directory: no claim is given up, over a restart too; nothing goes again."""
     here = site(events=events)
     here.settings["keep_done"] = "1s"  # after which the claims of files that are gone are given up
@@ -277,7 +278,7 @@ FILES_AT_START = int(os.environ.get("TD_FAULTS_FILES", "30000"))
 
 
 @pytest.mark.parametrize("events", EVENTS)
-def test_much_at_the_start_does_not_make_it_deaf(shm_path, site, events):
+def test_much_at_the_start_does_not_make_it_deaf(site, events):
     """Many files and twenty rules at the start: orders are answered within two seconds, memory is bounded."""
     here = site(events=events, quiescence="1s", sweep="5s")
     noop = {"command": {"run": ["/bin/true"]}}
@@ -394,10 +395,9 @@ def _commit_waits(here: Site, count: int, word: str) -> list[float]:
     return waits
 
 
-@pytest.mark.parametrize("events", EVENTS)
-def test_stopped_readers_delay_no_commit(shm_path, site, stopped, events):
+def test_stopped_readers_delay_no_commit(site, stopped):
     """One stopped in a read of the journal, one in a write of the control file: commits take as long as without."""
-    here = site(events=events)
+    here = site()
     here.write_rules(here.rule())
     here.start()
     before = _commit_waits(here, 4, "before")
@@ -430,9 +430,8 @@ def fill(directory: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("events", EVENTS)
-@pytest.mark.parametrize("used", [True, False])
-def test_a_full_journal_starts_nothing_and_makes_up_for_it(shm_path, mounts, site, events, used):
+@pytest.mark.parametrize(("events", "used"), [("auto", True), ("none", False)])
+def test_a_full_journal_starts_nothing_and_makes_up_for_it(mounts, site, events, used):
     """No room for the journal: nothing starts, the log says why; with room again every file goes, once."""
     here = site(events=events)
     mounts.tmpfs(here.state, size="24m")
@@ -464,6 +463,7 @@ def test_a_full_journal_starts_nothing_and_makes_up_for_it(shm_path, mounts, sit
     here.judge()
     here.until(lambda: not any(alarm["key"] == "journal" for alarm in alarms(here)), 10, "the alarm is over")
     assert here.json("journal", "check")["problems"] == []
+    assert "journal.broken" not in here.log.read_text(), "something was done that the journal did not know"
 
     filler = fill(here.state)
     before = here.log.read_text().count("journal.full")
@@ -480,10 +480,9 @@ def test_a_full_journal_starts_nothing_and_makes_up_for_it(shm_path, mounts, sit
     assert "daemon.crashed" not in here.log.read_text()
 
 
-@pytest.mark.parametrize("events", EVENTS)
-def test_a_full_destination_is_waited_for(shm_path, mounts, site, events):
+def test_a_full_destination_is_waited_for(mounts, site):
     """No room where copies go: runs wait, an alarm says why, final names are whole; with room all goes on."""
-    here = site(events=events)
+    here = site()
     mounts.tmpfs(here.out, size="2m")
     here.write_rules(here.rule(retry={"initial": "1s", "longest": "3s", "give_up_after": "7d"}))
     here.start()
@@ -529,10 +528,9 @@ def test_a_second_daemon_is_refused(site):
     assert here.stop() == 0
 
 
-@pytest.mark.parametrize("events", EVENTS)
-def test_an_end_in_the_middle_of_copies_is_quick_and_they_are_resumed(site, events):
+def test_an_end_in_the_middle_of_copies_is_quick_and_they_are_resumed(site):
     """SIGTERM while large files are copied: exit 0 within ten seconds; after the start the same attempts go on."""
-    here = site(events=events)
+    here = site()
     here.settings["throttle"] = {"bandwidth": "8MB/s"}
     here.write_rules(here.rule())
     for n in range(3):
@@ -560,10 +558,9 @@ def test_an_end_in_the_middle_of_copies_is_quick_and_they_are_resumed(site, even
     assert here.stop() == 0
 
 
-@pytest.mark.parametrize("events", EVENTS)
-def test_a_reload_takes_effect_and_a_fault_leaves_the_last_good_rules(site, events):
+def test_a_reload_takes_effect_and_a_fault_leaves_the_last_good_rules(site):
     """SIGHUP: other rules from now on. A fault is told by its place; the last good set goes on, over a restart too."""
-    here = site(events=events)
+    here = site()
     here.write_rules(here.rule(match=["*.tif"]))
     here.start()
     put(here.data, 2)

@@ -33,10 +33,12 @@ RULES = {
     "grouped": (make(match=("{chip}/{n}.tif",), batch=Batch(group_by=("chip",), files=3, oldest_waits_s=90)),),
     "two": (make(), make("s", 2, complete=Complete(quiescence_s=QUIET_S), batch=Batch(bytes=50, idle_s=60))),
     "marker": (
-        make(match=("{chip}/{n}.tif",),
-             batch=Batch(group_by=("chip",), close_on=CloseOn("{chip}/done", quiescence_s=5.0), idle_s=900)),
+        make(
+            match=("{chip}/{n}.tif",),
+            batch=Batch(group_by=("chip",), close_on=CloseOn("{chip}/done", quiescence_s=5.0), idle_s=900),
+        ),
     ),
-}  # fmt: skip
+}
 
 
 class Histories(RuleBasedStateMachine):
@@ -50,7 +52,12 @@ class Histories(RuleBasedStateMachine):
         self.started: dict[int, set[int]] = {}  # run -> attempts that the provider took
         self.live: dict[int, int] = {}
 
-    @rule(name=st.sampled_from(NAMES), size=st.integers(1, 60), heard=st.booleans(), signal=st.sampled_from(["none", "close"]))
+    @rule(
+        name=st.sampled_from(NAMES),
+        size=st.integers(1, 60),
+        heard=st.booleans(),
+        signal=st.sampled_from(["none", "close"]),
+    )
     def write(self, name, size, heard, signal):
         self.lab.write(name, size, heard=heard, signal=signal)
 
@@ -225,26 +232,44 @@ COMPANION = "{chip}/{n}.xml"
 
 MORE_RULES = {
     "after": (
-        make("qc", 1, match=BY_CHIP, proof="none", batch=Batch(group_by=("chip",), only_first=1, new_group_after_s=600)),
-        make("main", 2, match=BY_CHIP, batch=Batch(group_by=("chip",), files=2, idle_s=90), after=After("qc", ("chip",))),
+        make(
+            "qc", 1, match=BY_CHIP, proof="none", batch=Batch(group_by=("chip",), only_first=1, new_group_after_s=600)
+        ),
+        make(
+            "main", 2, match=BY_CHIP, batch=Batch(group_by=("chip",), files=2, idle_s=90), after=After("qc", ("chip",))
+        ),
     ),
     "first": (make(match=BY_CHIP, batch=Batch(group_by=("chip",), only_first=2, idle_s=120)),),
     "go": (make(match=BY_CHIP, complete=Complete(companions=(With(COMPANION, "/data", wait_s=60, missing="go"),))),),
     "block": (
-        make(match=BY_CHIP, on_rewrite="block", batch=Batch(files=2, idle_s=60),
-             complete=Complete(companions=(With(COMPANION, "/epu", checks=(("xml", {}),), wait_s=90),))),
+        make(
+            match=BY_CHIP,
+            on_rewrite="block",
+            batch=Batch(files=2, idle_s=60),
+            complete=Complete(companions=(With(COMPANION, "/epu", checks=(("xml", {}),), wait_s=90),)),
+        ),
     ),
     "ignore": (make(on_rewrite="ignore", batch=Batch(files=2, idle_s=60)),),
-    "existing": (make(existing="ignore", batch=Batch(files=2, oldest_waits_s=60)), make("s", 2, priority=3, runs_max=1)),
+    "existing": (
+        make(existing="ignore", batch=Batch(files=2, oldest_waits_s=60)),
+        make("s", 2, priority=3, runs_max=1),
+    ),
     "include": (
-        make(match=BY_CHIP, batch=Batch(group_by=("chip",), idle_s=900,
-                                        close_on=CloseOn("{chip}/done", quiescence_s=5.0, include=True))),
+        make(
+            match=BY_CHIP,
+            batch=Batch(
+                group_by=("chip",), idle_s=900, close_on=CloseOn("{chip}/done", quiescence_s=5.0, include=True)
+            ),
+        ),
     ),
     "checked": (
-        make(match=BY_CHIP, complete=Complete(checks=(("tiff", {}),), suspect_s=100, stalled_after_s=600),
-             batch=Batch(at=("00:10", "06:00"), files=3)),
+        make(
+            match=BY_CHIP,
+            complete=Complete(checks=(("tiff", {}),), suspect_s=100, stalled_after_s=600),
+            batch=Batch(at=("00:10", "06:00"), files=3),
+        ),
     ),
-}  # fmt: skip
+}
 FAULTS = {
     "transient": Fault("transient", "busy"),
     "restart": Fault("transient", "restarted", counts=False),
@@ -282,7 +307,9 @@ class Troubles(Histories):
     def verdict(self, name, verdict):
         self.lab.verdicts[name] = (verdict, "as drawn")
 
-    @rule(name=st.sampled_from(["", *NAMES, *(n.replace(".tif", ".xml") for n in NAMES)]), root=st.sampled_from([ROOT, 2]))
+    @rule(
+        name=st.sampled_from(["", *NAMES, *(n.replace(".tif", ".xml") for n in NAMES)]), root=st.sampled_from([ROOT, 2])
+    )
     def unreadable(self, name, root):
         self.lab.unreadable ^= {(root, name)}
 
@@ -380,7 +407,18 @@ class Troubles(Histories):
 
     @rule(data=st.data())
     def provider_answers_strangely(self, data):
-        kinds = ["transient", "restart", "down", "person", "permanent", "inactive", "active", "differs", "unproven", "good"]
+        kinds = [
+            "transient",
+            "restart",
+            "down",
+            "person",
+            "permanent",
+            "inactive",
+            "active",
+            "differs",
+            "unproven",
+            "good",
+        ]
         for effect in self.lab.asked[self.asked :]:
             self.asked += 1
             self._answer_strangely(effect, data.draw(st.sampled_from(kinds)))
@@ -389,7 +427,11 @@ class Troubles(Histories):
         lab, fault = self.lab, FAULTS.get(kind)
         match effect:
             case model.Prepare(run, attempt):
-                lab.step(model.NotStarted(run, attempt, fault, lab.at) if fault else model.Prepared(run, attempt, "p", lab.at))
+                lab.step(
+                    model.NotStarted(run, attempt, fault, lab.at)
+                    if fault
+                    else model.Prepared(run, attempt, "p", lab.at)
+                )
             case model.Start(run, attempt) if fault and attempt not in self.started.get(run, ()):
                 lab.step(model.NotStarted(run, attempt, fault, lab.at))
             case model.Poll(run, attempt) if run in self.cancelled:
@@ -436,17 +478,20 @@ class Troubles(Histories):
         runs = self.lab.engine.runs
         outstanding = {(e.run, type(e)) for e in self.lab.asked[self.asked :]}
         for run in runs.open.values():
-            timers = {kind for kind in ("retry", "poll", "find", "verify") if runs.timers.at((kind, run.id)) is not None}
+            timers = {
+                kind for kind in ("retry", "poll", "find", "verify") if runs.timers.at((kind, run.id)) is not None
+            }
             match run.state:
                 case RunState.PENDING if not run.slot:
                     places = {
                         "ready": run.id in runs._ready.get(run.rule, ()),
-                        "parked": run.destination in runs.down and run.id in runs.down[run.destination].parked
+                        "parked": run.destination in runs.down
+                        and run.id in runs.down[run.destination].parked
                         and runs.timers.at(("probe", run.destination)) is not None,
                         "after": any(run.id in queue for queue in runs._after.values()),
                         "blocked": any(run.id in runs._blocking.get(n, ()) for n in run.waits_on if n in runs.open),
                         "retry": "retry" in timers,
-                    }  # fmt: skip
+                    }
                     assert places[run.place], f"run {run.id} is {run.place} nowhere"
                 case RunState.PENDING:
                     assert run.asked
@@ -535,8 +580,9 @@ class Troubles(Histories):
                 self._answer_strangely(lab.asked[self.asked - 1], "good")
             self.every_open_run_is_moved_by_something()
             self.numbers_and_alarms_say_what_is()
-            if turn > 6 and all(run.place in ("after", "blocked") or run.state == RunState.HELD
-                                for run in lab.engine.runs.open.values()):  # fmt: skip
+            if turn > 6 and all(
+                run.place in ("after", "blocked") or run.state == RunState.HELD for run in lab.engine.runs.open.values()
+            ):
                 break
         self._judge_the_end(lab)
 
@@ -560,7 +606,11 @@ class Troubles(Histories):
                     continue
                 member = assembly.settling.get(path)
                 assert member is not None, f"{path} was missed by {one.name}"
-                kept = member.stage == BLOCKED or member in assembly.stalled or (member.stage == COMPLETE and self._gathers(one))
+                kept = (
+                    member.stage == BLOCKED
+                    or member in assembly.stalled
+                    or (member.stage == COMPLETE and self._gathers(one))
+                )
                 assert kept or lab.at - lab.history[(root, path)][-1][0] < 1_200, f"{path} is {member.stage} for ever"
             if one.batch and one.batch.only_first and one.batch.new_group_after_s is None:
                 groups = [tuple(sorted(r.group.items())) for _, r in lab.closed if r.rule == one.id]
@@ -582,23 +632,33 @@ class Troubles(Histories):
         """Behind a held run, or behind a rule whose run for the chip is held or was given up."""
         runs = self.lab.engine.runs
         return run.place == "after" or (
-            run.place == "blocked" and all(self._waits_for_a_person(runs.open[n]) or runs.open[n].state == RunState.HELD
-                                           for n in run.waits_on if n in runs.open)
-        )  # fmt: skip
+            run.place == "blocked"
+            and all(
+                self._waits_for_a_person(runs.open[n]) or runs.open[n].state == RunState.HELD
+                for n in run.waits_on
+                if n in runs.open
+            )
+        )
 
 
 def histories(examples: int, machine: type[RuleBasedStateMachine] = Histories) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=examples, stateful_step_count=30, deadline=None, database=None, derandomize=True,
-            suppress_health_check=list(HealthCheck), phases=(Phase.generate,), print_blob=False,
-        ),  # fmt: skip
+            max_examples=examples,
+            stateful_step_count=30,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate,),
+            print_blob=False,
+        ),
     )
 
 
 def test_promises_hold_over_random_histories():
-    """Nothing early, nothing missed, nothing twice: events lost, looks slow, roots away, crashes, two rules on one file."""
+    """Nothing early, missed, or twice: events lost, looks slow, roots away, crashes, two rules on one file."""
     histories(200)
 
 
@@ -627,8 +687,12 @@ def _quiet_from_the_beginning(monkeypatch):
     original = Settling.found
 
     def found(self, fact, rows, earlier):
-        original(self, model.Seen(fact.root, fact.dir, fact.rows, fact.began, fact.began, fact.cause, fact.signal, fact.as_of),
-                 rows, earlier)  # fmt: skip
+        original(
+            self,
+            model.Seen(fact.root, fact.dir, fact.rows, fact.began, fact.began, fact.cause, fact.signal, fact.as_of),
+            rows,
+            earlier,
+        )
 
     monkeypatch.setattr(Settling, "found", found)
 
@@ -643,9 +707,13 @@ def _forget_claims(monkeypatch):
         original(self, member, state, wants, fact)
 
     monkeypatch.setattr(Settling, "_look", look)
-    monkeypatch.setattr(Engine, "_marked", lambda self, fact: [
-        m.home.drop(m) for q in self._batched.values() for _, ms in q for m in ms if m.stage == BATCHED
-    ] and None)  # fmt: skip
+    monkeypatch.setattr(
+        Engine,
+        "_marked",
+        lambda self, fact: (
+            [m.home.drop(m) for q in self._batched.values() for _, ms in q for m in ms if m.stage == BATCHED] and None
+        ),
+    )
 
 
 def _no_second_state(monkeypatch):
@@ -701,7 +769,9 @@ def test_each_broken_law_is_found(mutate, monkeypatch):
 def _held_with_a_slot(monkeypatch):
     """A run that is held while it is proved keeps its slot."""
     original = Runs._free_slot
-    monkeypatch.setattr(Runs, "_free_slot", lambda self, run: None if run.state == RunState.HELD else original(self, run))
+    monkeypatch.setattr(
+        Runs, "_free_slot", lambda self, run: None if run.state == RunState.HELD else original(self, run)
+    )
 
 
 def _abandoned_and_forgotten(monkeypatch):
@@ -767,12 +837,18 @@ def _failed_sweeps_are_not_repeated(monkeypatch):
 @pytest.mark.parametrize(
     ("mutate", "kind"),
     [
-        (_held_with_a_slot, "existing"), (_abandoned_and_forgotten, "existing"), (_unread_while_closing, "ignore"),
-        (_second_batch_of_the_first, "first"), (_tally_of_ends_is_wrong, "existing"), (_alarms_stay, "existing"),
-        (_versions_at_once, "existing"), (_suspect_forever, "checked"), (_failed_sweeps_are_not_repeated, "include"),
+        (_held_with_a_slot, "existing"),
+        (_abandoned_and_forgotten, "existing"),
+        (_unread_while_closing, "ignore"),
+        (_second_batch_of_the_first, "first"),
+        (_tally_of_ends_is_wrong, "existing"),
+        (_alarms_stay, "existing"),
+        (_versions_at_once, "existing"),
+        (_suspect_forever, "checked"),
+        (_failed_sweeps_are_not_repeated, "include"),
     ],
     ids=lambda f: f if isinstance(f, str) else f.__name__.strip("_"),
-)  # fmt: skip
+)
 def test_each_law_of_troubles_finds_its_bug(mutate, kind, monkeypatch):
     """An engine with one deliberate bug fails the same troubles."""
     mutate(monkeypatch)

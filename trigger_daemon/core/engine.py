@@ -179,7 +179,7 @@ class Engine:
         self._marking: set[int] = set()
         self._marked_at = 0.0
         self._told_at = 0.0
-        self._restored: Sequence[OpenRun] = ()
+        self._restored: Sequence[OpenRun] | None = None
         self._rule_names: Mapping[int, str] = {}
         self._kept: Mapping[str, Any] = {}
         self._steps: dict[type, Callable[[Any], None]] = {
@@ -621,9 +621,9 @@ class Engine:
         self._forget_roots(fact.at)
         self.rules = new
         self.runs.use(list(rules), fact.at)
-        if self._restored:
+        if self._restored is not None:
             self.runs.restore(self._restored, self._rule_names, self._kept, fact.at)
-            self._restored = ()
+            self._restored = None
         self._settlings = {}
         self._by_root = {}
         for assembly in self.assemblies.values():
