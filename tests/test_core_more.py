@@ -1061,7 +1061,7 @@ def test_late_companion_is_checked_and_goes_to_the_group_of_its_file():
     lab.run_for(200)
 
     late = lab.closed[1][1]
-    assert (late.members[0].root, late.group, late.destination) == (2, {"chip": "a"}, "/out/a")
+    assert (late.members[0].root, late.group, late.request["options"]) == (2, {"chip": "a"}, {"to": "/out/a"})
 
 
 def test_companions_that_never_come_are_bounded(monkeypatch):

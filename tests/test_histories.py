@@ -127,6 +127,14 @@ class Histories(RuleBasedStateMachine):
                 began = self.lab.at
                 self.lab.step(model.Seen(ROOT, "a", rows, began, began, "sweep", "none", oldest - 1))
 
+    @rule(again=st.booleans())
+    def stale_sweep_after_a_claim(self, again):
+        if not again:
+            self.lab.write("a/1.tif", 17)
+        self.lab.run_for(32)
+        self.stale_sweep()
+        self.lab.run_for(32)
+
     def _in_memory(self):
         return [batch for queue in self.lab.engine._batched.values() for batch, _ in queue]
 
@@ -351,6 +359,17 @@ class Troubles(Histories):
             self.lab.order("runs.hold", ids=[number])
             self.lab.order(f"runs.{verb}", ids=[number])
 
+    @rule(name=st.sampled_from(NAMES), verb=st.sampled_from(["hold", "cancel"]))
+    def order_while_it_is_proved(self, name, verb):
+        self.lab.write(name, 18)
+        self.lab.run_for(32)
+        while self.asked < len(self.lab.asked) and not isinstance(self.lab.asked[self.asked], model.Verify):
+            self.asked += 1
+            self._answer_strangely(self.lab.asked[self.asked - 1], "good")
+            self.lab.run_for(1)
+        for number in list(self.lab.engine.runs.open):
+            self.lab.order(f"runs.{verb}", ids=[number])
+
     @rule(chip=st.sampled_from("ab"))
     def marker_while_sweeps_fail(self, chip):
         self.lab.write(f"{chip}/1.tif", 16)
@@ -544,7 +563,8 @@ class Troubles(Histories):
         held = {m for open_ in (*assembly.groups.values(), *assembly.closings) for m in open_.members}
         assert {m for m in members if m.stage in (COMPLETE, CLOSING)} <= held, "complete, and in no batch"
         for open_ in assembly.closings:
-            assert open_.awaited or assembly.timers.at((assembly, open_, "soon")) is not None, "closing for ever"
+            # The lab answers every look at once.
+            assert assembly.timers.at((assembly, open_, "soon")) is not None, "closing for ever"
         timers = assembly.timers
         for m in members:
             match m.stage:
@@ -641,12 +661,12 @@ class Troubles(Histories):
         )
 
 
-def histories(examples: int, machine: type[RuleBasedStateMachine] = Histories) -> None:
+def histories(examples: int, machine: type[RuleBasedStateMachine] = Histories, steps: int = 30) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=examples,
-            stateful_step_count=30,
+            stateful_step_count=steps,
             deadline=None,
             database=None,
             derandomize=True,
@@ -664,7 +684,7 @@ def test_promises_hold_over_random_histories():
 
 def test_nothing_is_stuck_or_told_wrongly_over_random_troubles():
     """Whatever people, providers and disks do: no step fails, every open run has something that will move it."""
-    histories(250, Troubles)
+    histories(200, Troubles)
 
 
 # ------------------------------------------------------------------- mutants
@@ -854,7 +874,7 @@ def test_each_law_of_troubles_finds_its_bug(mutate, kind, monkeypatch):
     mutate(monkeypatch)
 
     with pytest.raises((AssertionError, KeyError)):
-        histories(200, type("Some", (Troubles,), {"kinds": (kind,)}))
+        histories(200, type("Some", (Troubles,), {"kinds": (kind,)}), steps=20)
 
 
 def test_marker_waits_for_a_sweep_begun_after_it_was_complete(monkeypatch):

@@ -48,6 +48,7 @@ COMMIT_AGAIN_S = 1.0  # a failed commit is tried again so often
 RESTART_S = 2.0  # after a broken journal
 THIN_EVERY_S = 3_600.0
 THIN_RUNS = 1_000
+WAL_ALARM_BYTES = 256 * 2**20  # a checkpoint keeps it near 16 MiB while nobody stands in the way
 PART_STOPS_S = 5.0  # the service manager is less patient than a hung share
 LANES_MAX = 8  # copying processes; more only fight for one disk
 LOW, CRITICAL = Amount(ratio=0.2), Amount(ratio=0.05)  # of a volume whose settings say nothing
@@ -374,6 +375,17 @@ class Life:
                     "since_time": self.clock.utc(),
                     "acked_by": None,
                 },
+            )
+        wal = self.journal.wal_bytes()
+        if wal > WAL_ALARM_BYTES:
+            words["alarms"].append(
+                {
+                    "key": "journal-wal",
+                    "what": f"the -wal has grown to {wal // 2**20} MiB: a program stands still in a read of the journal",
+                    "hint": f"find it with `fuser {self.journal.path}` and end it",
+                    "since_time": self.clock.utc(),
+                    "acked_by": None,
+                }
             )
         health = "ok"
         if any(root["health"] != "ok" for root in words["roots"]):

@@ -459,7 +459,8 @@ class Engine:
         rule = assembly.rule
         size = sum(record.size for record in records)
         request = self.request(rule, captures, batch, at)
-        destination = "" if "fault" in request else self.providers.destination(rule.action, request["options"])
+        # As the rule writes it: a mount is down for every session that a template leads to.
+        destination = "" if "fault" in request else self.providers.destination(rule.action, rule.options)
         shown = dict(captures) if rule.batch else {}
         self._out.append(
             BatchClosed(
