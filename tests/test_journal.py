@@ -204,7 +204,7 @@ def test_members_and_claims_keep_names_and_times_exactly(journal: Journal) -> No
     reader = ClaimReader(journal.path)
 
     assert journal.manifest(1) == tuple(members)
-    assert reader.directory(1, ODD) == (1, {ODD: [(1, 10, FAR, 1)]})
+    assert reader.directory(1, ODD) == (1, {ODD: [(1, 10, FAR, 1)], "gain": [(0, 12, 5, 1)]})
     assert reader.directory(1, "") == (1, {'quote " back \\ ünï': [(1, 11, -FAR, 1)]})
     assert list(reader.directories(1)) == ["", ODD]
     assert journal.check() == []
@@ -212,12 +212,13 @@ def test_members_and_claims_keep_names_and_times_exactly(journal: Journal) -> No
 
 @pytest.mark.parametrize("role", ["companion", "shared"])
 def test_a_companion_travels_with_many_batches(journal: Journal, role: str) -> None:
-    """A gain reference is in each manifest and claimed by none."""
+    """A gain reference is in each manifest and claimed by none; the journal knows with which batch it went last."""
     gain = Member(1, "", "gain.mrc", 99, 1, role)
     for number in (1, 2):
         journal.append([batch(number, members=[Member(1, "s", f"m{number}", 1, 1), gain])])
 
     assert gain in journal.manifest(1) and gain in journal.manifest(2)
+    assert ClaimReader(journal.path).names(1, "", ["gain.mrc"]) == (2, {"gain.mrc": [(0, 99, 1, 2)]})
 
 
 def test_a_directory_is_read_with_the_batch_it_is_read_as_of(journal: Journal) -> None:

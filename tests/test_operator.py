@@ -75,6 +75,9 @@ def test_explain_gives_the_true_reason(here):
     assert verified["run"] is not None
     assert told(here, data / "old.base", "base")["stage"] == "baseline"
     assert told(here, data / "b.one", "first")["stage"] == "skipped"
+    (data / "a.xml").write_text("<a/>")
+    here.until(lambda: told(here, data / "a.mrc", "pair")["stage"] == "verified", 20, "a.mrc went with its companion")
+    assert told(here, data / "a.xml", "pair")["stage"] == "verified"
     (data / "a.tif").write_text("rewritten, and longer")
     here.until(lambda: len(here.manifests("copy")) == 2, 20, "the new version is batched")
     here.until(lambda: told(here, data / "a.tif", "copy")["stage"] == "verified", 20, "and verified")

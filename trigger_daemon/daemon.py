@@ -132,6 +132,7 @@ class Life:
         self._parts: list[Any] = []  # what close() stops, last made first
         self._journal_thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._commit_fault = ""
+        self._told = False
         self._rules_seen: Any = None
         self._rules_taken: Any = None
         self._next_beat = 0.0
@@ -188,7 +189,6 @@ class Life:
         self.control = self._part(ControlThread(self.state_dir, self._take_order, self.log))
         self._offer_saved_rules(saved.rules_source)
         self._offer_rules()
-        self.control.start(self._snapshot())
         self.working = True
         await self._loop()
 
@@ -212,13 +212,15 @@ class Life:
     # ------------------------------------------------------------------- loop
 
     async def _loop(self) -> None:
-        self.daemon.notify.ready("watching")
         self.log.info("daemon.started", version=__version__, state_dir=str(self.settings.state_dir))
         while not self.daemon.stopping:
             facts: list[Fact] = self.inbox.take()
             now = self.clock.monotonic()
             facts.append(model.Tick(now, self.clock.utc()))
             await self._round(facts)
+            if not self._told:  # from the first round on the rules are in force
+                self._tell()
+                self.daemon.notify.ready("watching")
             self._supervise(now)
             deadline = self.engine.next_deadline()
             until = self._next_beat if deadline is None else min(deadline, self._next_beat)
@@ -250,7 +252,7 @@ class Life:
                 if not self._commit_fault:
                     self.log.error("journal.full", why=error.message, hint=error.hint)
                 self._commit_fault = error.message
-                self._beat_now()
+                self._tell()
                 self.daemon.notify.status(f"the journal cannot be written: {error.message}")
                 if self.daemon.stopping:
                     raise
@@ -345,7 +347,7 @@ class Life:
             bandwidth = self.settings.throttle.bandwidth
             self.providers.bandwidth = None if bandwidth is None else bandwidth / at_work
             self.providers.is_paused = bool(self.engine.runs.paused_all)
-            self._beat_now()
+            self._tell()
             self.daemon.notify.alive()
         if now >= self._next_thin:
             self._next_thin = now + THIN_EVERY_S
@@ -359,8 +361,13 @@ class Life:
         except JournalError as error:
             self.log.warning("journal.thin_failed", why=error.message)
 
-    def _beat_now(self) -> None:
-        self.control.control.show(self._snapshot())
+    def _tell(self) -> None:
+        """Hand the command line a heartbeat; the first one begins the service of its file."""
+        if self._told:
+            self.control.control.show(self._snapshot())
+        else:
+            self._told = True
+            self.control.start(self._snapshot())
 
     def _snapshot(self) -> dict[str, Any]:
         words = self.engine.snapshot()
@@ -381,7 +388,7 @@ class Life:
             words["alarms"].append(
                 {
                     "key": "journal-wal",
-                    "what": f"the -wal has grown to {wal // 2**20} MiB: a program stands still in a read of the journal",
+                    "what": f"the -wal has grown to {wal // 2**20} MiB: a program stands still, reading the journal",
                     "hint": f"find it with `fuser {self.journal.path}` and end it",
                     "since_time": self.clock.utc(),
                     "acked_by": None,

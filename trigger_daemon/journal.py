@@ -78,6 +78,8 @@ SCHEMA = 1  # PRAGMA user_version of journal.sql
 # Step i takes a journal of schema i + 1 to i + 2, all steps in one transaction.
 MIGRATIONS: tuple[str, ...] = ()
 
+RIDER = 0  # the `rule` of a claim that is none: this version travelled as a companion, last with this batch
+
 WRITE_BUSY_S = 5.0  # only a person with sqlite3 can hold the write lock; he gets this long
 CHECKPOINT_PAGES = 4_000  # 16 MiB of -wal: a checkpoint costs two syncs, so not after each few commits
 WAL_KEPT_BYTES = 64 * 2**20  # what a -wal that a stopped reader made grow is cut back to
@@ -577,6 +579,7 @@ class _Writer:
         self._batches: list[tuple[object, ...]] = []
         self._runs: list[tuple[object, ...]] = []
         self._claims: list[tuple[int, bytes, int, int, int | bytes, int]] = []
+        self._riders: dict[tuple[int, bytes, int, int | bytes], int] = {}  # companions -> newest batch
         self._tally: dict[tuple[int, str], list[int]] = {}
 
     def write(self, records: Sequence[Effect]) -> None:
@@ -649,11 +652,12 @@ class _Writer:
                 last_root, last_dir, dir_id, head = root, directory, 0, f"[{root},{quoted(directory)},"
             tail = f"{quoted(role)},{quoted(flag)}]" if role or flag else '"",""]'
             manifest.append(f"{head}{quoted(name)},{size},{mtime_ns},{tail}")
-            # A companion rides along with whoever needs it, several perhaps; they claim themselves, not it.
-            if role:
-                continue
             dir_id = dir_id or self._dir(root, directory)
             version = mtime_ns if -(2**63) <= mtime_ns < 2**63 else to_number(mtime_ns)
+            if role:  # it rides along with whoever needs it, several perhaps: told to people, claimed by nobody
+                key = (dir_id, name.encode("utf-8", "surrogateescape"), size, version)
+                self._riders[key] = batch
+                continue
             claims.append((dir_id, name.encode("utf-8", "surrogateescape"), rule, size, version, batch))
         if record.again:
             self._insert_claims("INSERT OR REPLACE")
@@ -678,6 +682,16 @@ class _Writer:
             )
             self._batches.clear()
             self._runs.clear()
+        if self._riders:
+            riders = [
+                (dir_id, name, RIDER, size, version, batch)
+                for (dir_id, name, size, version), batch in self._riders.items()
+            ]
+            self._riders.clear()
+            self.many(
+                "INSERT OR REPLACE INTO claim (dir, name, rule, size, mtime_ns, batch) VALUES (?, ?, ?, ?, ?, ?)",
+                riders,
+            )
         if self._claims:
             try:
                 self._insert_claims("INSERT")

@@ -51,7 +51,8 @@ class ClaimOf(NamedTuple):
     `batch` is a CLAIM_* code where no batch took it (0 baseline, -1 skipped,
     -2 marker, -3 rewrite ignored); then `state` and what belongs to a run are
     None and `closed_time` is when it was claimed. `proof_time` is the newest
-    proof's, None while there is none or after it was thinned.
+    proof's, None while there is none or after it was thinned. `companion`:
+    it rode along with a file that the rule took, and is claimed by nobody.
     """
 
     rule: str
@@ -66,6 +67,7 @@ class ClaimOf(NamedTuple):
     error: str | None
     hint: str | None
     proof_time: float | None
+    companion: bool = False
 
 
 class Reader:
@@ -154,8 +156,8 @@ class Reader:
                 " coalesce(batch.closed_time, claim.time), run.final, run.because, run.error, run.hint,"
                 " (SELECT max(time) FROM proof WHERE proof.run = run.id)"
                 " FROM claim JOIN dir ON dir.id = claim.dir JOIN root ON root.id = dir.root"
-                " LEFT JOIN rule ON rule.id = abs(claim.rule)"
                 " LEFT JOIN batch ON batch.id = claim.batch LEFT JOIN run ON run.id = claim.batch"
+                " LEFT JOIN rule ON rule.id = iif(claim.rule = 0, batch.rule, abs(claim.rule))"
                 " WHERE root.path = ? AND dir.path = ? AND claim.name = ? ORDER BY claim.batch DESC, claim.rule",
                 values,
             ).fetchall()
@@ -174,6 +176,7 @@ class Reader:
                 error=_words(error),
                 hint=_words(hint),
                 proof_time=proved,
+                companion=rule == 0,
             )
             for name, rule, size, mtime_ns, batch, state, reason, closed, final, because, error, hint, proved in rows
         ]

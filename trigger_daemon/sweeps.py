@@ -519,6 +519,7 @@ class _Joining:
             rows = desk.left(looked.rows, self._ids_of, self.claims or {})
             if rows:
                 sent = True
+                rows.sort()  # names that come together are the first, the second, ... as people count them
                 desk.post(Seen(desk.root, directory, rows, looked.began, looked.ended, "sweep", "none", self._as_of))
             if looked.failed:
                 name, code = looked.failed[0]

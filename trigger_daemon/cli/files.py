@@ -113,9 +113,8 @@ def _versions(setup: Setup, path: str, rule: str | None) -> list[dict[str, Any]]
         name = about["rule"]
         if (rule is not None and name != rule) or about["stage"] in ("unmatched", "ignored"):
             continue
-        now = next(
-            ((below, c) for below, c in claims if c.rule == name and (c.size, c.mtime_ns) == present.version), None
-        )
+        sent = [(below, c) for below, c in claims if c.rule == name and not c.companion]
+        now = next(((below, c) for below, c in sent if (c.size, c.mtime_ns) == present.version), None)
         if now is None:
             reasons.append(f"{name}: this version was not sent yet, and will be by itself")
         elif now[1].batch > 0 and not now[1].final:

@@ -27,6 +27,7 @@ from trigger_daemon.core.model import (
     Look,
     State,
     Sweep,
+    counted,
 )
 from trigger_daemon.core.settle import BATCHED, CLOSING, COMPLETE, NO_STATE, SETTLING, Companion, Member, Settling
 
@@ -679,11 +680,15 @@ class Assembly:
             return "its batch is closing: its files are looked at once more", None
         spec = self.spec
         assert spec is not None
-        parts = [f"in an open batch of {len(open_.members)} files"]
+        parts = [f"in an open batch of {counted(len(open_.members), 'file')}"]
         limits = ((name, getattr(spec, name)) for name in ("only_first", "files", "expect"))
         parts += [f"{limit - len(open_.members)} missing until {name}: {limit}" for name, limit in limits if limit]
         if spec.bytes is not None:
             parts.append(f"{open_.bytes} of {spec.bytes} bytes")
+        if spec.oldest_waits_s is not None:
+            parts.append(f"or oldest_waits: {spec.oldest_waits_s:g} s")
+        if spec.idle_s is not None:
+            parts.append(f"or idle: {spec.idle_s:g} s")
         if spec.close_on is not None:
             parts.append(f"closed by {spec.close_on.file}")
         if spec.at:

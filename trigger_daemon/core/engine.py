@@ -57,6 +57,7 @@ from trigger_daemon.core.model import (
     Unreadable,
     UseRules,
     Vanished,
+    counted,
     join,
 )
 from trigger_daemon.core.regexes import PatternError
@@ -766,7 +767,7 @@ class Engine:
         if not assembly.steady:
             return _no("the root of this rule is away; nothing closes on it", "see `trigger-daemon status`")
         count = len(assembly.close_group(captures, f"closed by {order.who}", order.at))
-        return {"ok": True, "closed": count, "text": f"{count} open batches are closing"}
+        return {"ok": True, "closed": count, "text": f"closing: {counted(count, 'open batch')}"}
 
     def _assembly(self, name: str) -> Assembly | None:
         rule = self.rules.get(name)
@@ -999,10 +1000,11 @@ class Engine:
                     self.alarms.clear(key, at)
                     continue
                 first = next(iter(members))
-                words = "blocked" if kind == "blocked" else "not complete for too long"
+                words = "cannot go on" if kind == "blocked" else "not complete for too long"
                 self.alarms.raised(
                     key,
-                    f"{len(members)} files of {assembly.rule.name} are {words}, the first: {first.path}: {first.why}",
+                    f"{counted(len(members), 'file')} of {assembly.rule.name} {words},"
+                    f" the first: {first.path}: {first.why}",
                     f"`trigger-daemon files list --stage {'blocked' if kind == 'blocked' else 'incomplete'}`, "
                     "then `files go` or `files skip`",
                     at,

@@ -46,6 +46,13 @@ def join(directory: str, name: str) -> str:
     return f"{directory}/{name}" if directory else name
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 file, 2 files, 2 batches."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}es" if noun.endswith("ch") else f"{number} {noun}s"
+
+
 def split(path: str) -> tuple[str, str]:
     """Return directory and name of a root-relative path."""
     directory, _, name = path.rpartition("/")

@@ -43,6 +43,7 @@ from trigger_daemon.core.model import (
     Started,
     StartUnknown,
     Verify,
+    counted,
 )
 from trigger_daemon.core.rules import Retry
 from trigger_daemon.errors import TriggerError
@@ -198,9 +199,7 @@ class Runs:
         self._count(run, +1)
         self._enqueue(run, at)
 
-    def restore(
-        self, saved: Iterable[OpenRun], names: Mapping[int, str], kept: Mapping[str, Any], at: float
-    ) -> None:
+    def restore(self, saved: Iterable[OpenRun], names: Mapping[int, str], kept: Mapping[str, Any], at: float) -> None:
         """Take the open runs of the journal: ask the providers about what was under way, once."""
         for key, alarm in list(self.alarms.open.items()):
             kind, _, destination = key.partition(":")
@@ -296,7 +295,11 @@ class Runs:
             if (leader.id, same, "succeeded") not in self.marks:
                 self._after.setdefault((leader.id, same), {})[run.id] = None
                 run.place = "after"
-                run.waiting = f"rule {leader.name} to succeed for {same}"
+                wanted = (
+                    ", ".join(f"{name}={run.captures.get(name, '')}" for name in rule.after.same)
+                    or "any of its batches"
+                )
+                run.waiting = f"rule {leader.name} to succeed for {wanted or 'any of its batches'}"
                 return
         down = self.down.get(run.destination)
         if down and down.probing != run.id:
@@ -667,7 +670,7 @@ class Runs:
             self._end(run, Event.SUPERSEDED, f"all {left_out} files have a newer version or are gone", fact.at)
             return
         self.out.append(ProofKept(run.id, fact.attempt, fact.members, self.utc(fact.at)))
-        because = f"{len(fact.members)} files equal at the destination"
+        because = f"{counted(len(fact.members), 'file')} equal at the destination"
         if left_out:
             because += f"; {left_out} left out: a newer version or gone"
         self._end(run, Event.PROVED, because, fact.at)
@@ -677,7 +680,7 @@ class Runs:
         if run is None:
             return
         first = next(iter(fact.which.items()), ("", ""))
-        why = f"{len(fact.which)} files differ at the destination, the first: {first[0]}: {first[1]}"
+        why = f"{counted(len(fact.which), 'file')} not equal at the destination, the first: {first[0]}: {first[1]}"
         if len(fact.changed) >= run.files:
             self._end(run, Event.SUPERSEDED, "all files have a newer version or are gone", fact.at)
             return
