@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import io
 import json
 import os
 import pty
@@ -23,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from tests.site import Site
-from trigger_daemon.cli import place, text
+from trigger_daemon.cli import place, status, text
 from trigger_daemon.cli.reference import reference
 from trigger_daemon.config import load_settings
 from trigger_daemon.errors import ConfigError
@@ -35,6 +36,7 @@ ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another
 
 NEWLINE = b"two\nlines.tif"
 ESCAPE = b"red\x1b[31m.tif"
+STATES = ("HELD", "INACTIVE", "PENDING")
 LATIN = b"caf\xe9.tif"  # no UTF-8
 NAMES = (b"plain.tif", NEWLINE, ESCAPE, LATIN)
 
@@ -214,6 +216,7 @@ def test_explain_names_a_stage_for_any_file(live):
 
     assert {key: about["stage"] for key, about in found.items()} == expected
     assert all(about["because"] for about in found.values())
+    assert found["archive", "monday", "never.tif"]["because"] == "no such file, and nothing is known of one"
     verified = found["archive", "monday", "plain.tif"]
     assert f"run {verified['run']}" in verified["because"]
     assert str(live.out / "monday" / "plain.tif") in verified["because"]
@@ -411,6 +414,26 @@ def test_a_refused_order_in_json_is_data_too(live):
     assert json.loads(done.stdout)["ok"] is False
 
 
+def test_a_failure_is_told_in_json_too(live, down, tmp_path):
+    """One object on stdout, whichever command failed and why; stderr says the same for people."""
+    config = tmp_path / "config.yaml"
+    config.write_text("events: loud\n")
+    failed = [
+        (1, live.cli("runs", "show", "999", "-F", "json", check=False)),
+        (1, live.cli("rules", "show", "nix", "-F", "json", check=False)),
+        (1, live.cli("serve", "-F", "json", check=False)),
+        (2, live.cli("runs", "retry", "-F", "json", check=False)),
+        (3, command("rules", "show", "a", "-F", "json", "--config", str(config))),
+        (5, down.cli("pause", "-F", "json", check=False)),
+    ]
+
+    for code, done in failed:
+        told = json.loads(done.stdout)
+        assert done.returncode == code, done.stderr
+        assert told["ok"] is False and told["error"] and told["hint"], told
+        assert told["hint"] in done.stderr
+
+
 def test_faults_of_settings_end_with_3_and_show_the_place(tmp_path):
     """file:line:column: message, the line with a caret, the hint; also for a command that reads little of them."""
     config = tmp_path / "config.yaml"
@@ -594,6 +617,7 @@ def test_status_with_the_daemon_down_tells_what_the_journal_knows(down):
     assert "held:broken" in {alarm["key"] for alarm in now["alarms"]}
     shown = down.cli("status", check=False)
     assert shown.returncode == 5 and "NOT RUNNING" in shown.stdout
+    assert f"no daemon holds {down.state}" in shown.stdout and "trigger-daemon serve" in shown.stdout
 
 
 def test_questions_are_answered_with_the_daemon_down(down):
@@ -636,6 +660,9 @@ def test_a_place_where_no_daemon_ever_was(tmp_path):
     assert json.loads(asked["status -F json"].stdout)["rules"] == []
     assert asked["runs list"].returncode == 1 and "there is no" in asked["runs list"].stderr
     assert asked["explain /x"].returncode == 1
+    shown = " ".join(command("status", **env).stdout.split())
+    assert f"there is no journal in {tmp_path / 'none'}" in shown and "--config" in shown
+    assert "trigger-daemon serve" in command("pause", **env).stderr
 
 
 # -------------------------------------------------------------------------- serve
@@ -793,6 +820,44 @@ def test_tables_fit_eighty_columns(live):
         wide = [line for line in live.cli(*args).stdout.splitlines() if len(line) > 80]
 
         assert wide == [], args
+
+
+def test_a_narrow_table_breaks_neither_rules_nor_states():
+    """Rules are cut with an ellipsis, states are whole, what is waited for has two lines; nothing is wider than 80."""
+    waits = f"destination {'/a-long-way' * 6}: {'/a-long-way' * 6} is not there"
+    shown = text.table(("run", "right"), ("state", "word"), ("rule", "name"), ("group", "name"), ("files", "right"),
+                       ("size", "right"), ("ago", "right"), ("waits for", "two"))  # fmt: skip
+    text.row(shown, 1_000, "SUPERSEDED", "krios-tiff", "sample=s1 grid=7 session=monday", "1,000", "1.0 GB", "2 d 3 h",
+             waits)  # fmt: skip
+    written = io.StringIO()
+    text.console(written).print(shown)
+    lines = written.getvalue().splitlines()
+
+    assert len(lines) == 4 and max(map(len, lines)) <= 80
+    assert " SUPERSEDED " in lines[2] and " krios-tiff " in lines[2] and "sample=s1…" in lines[2]
+    assert lines[3].rstrip().endswith("…")
+
+
+def test_alarms_leave_room_on_the_watched_screen():
+    """Watched: rules, then at most three alarms of one line each, and how many more there are; else all of each."""
+    alarm = {"key": "k", "what": "a destination is down " * 9, "since_time": 0.0, "hint": "mount it", "acked_by": None}
+    daemon = {"running": True, "version": "1", "health": "alarm", "pid": 1, "started_time": None, "heartbeat_age_s": 1}
+    rule = {"name": "archive", "state": "active", "settling": 0, "complete": 0, "blocked": 0, "runs": {},
+            "files_done": 0, "bytes_done": 0}  # fmt: skip
+    now = {"daemon": daemon, "rules": [rule], "working": [], "waiting": [], "waiting_counts": dict.fromkeys(STATES, 0),
+           "roots": [], "volumes": [], "alarms": [alarm] * 5, "rules_fault": None, "undecided": {},
+           "paused": ""}  # fmt: skip
+    written = {brief: io.StringIO() for brief in (True, False)}
+    for brief, stream in written.items():
+        text.console(stream).print(status.shown(now, brief=brief))
+    lines = written[True].getvalue().splitlines()
+
+    at = lines.index("ALARMS")
+    assert any(line.startswith("archive") for line in lines[:at])
+    assert all(len(line) == 80 and line.endswith("…") for line in lines[at + 1 : at + 4])
+    assert lines[at + 4 :] == ["+2 more: `trigger-daemon alarms list`"]
+    whole = written[False].getvalue()
+    assert whole.count("hint: mount it") == 5 and whole.index("archive") < whole.index("ALARMS")
 
 
 # -------------------------------------------------------------------------- speed

@@ -793,3 +793,11 @@ def test_a_missing_file_is_a_fault_only_if_it_was_named(tmp_path: Path) -> None:
         load_settings(tmp_path / "none.yaml", {})
     with pytest.raises(ConfigError):
         load_settings(None, {"TRIGGER_DAEMON_CONFIG": str(tmp_path / "none.yaml")})
+
+
+@pytest.mark.parametrize("text", ["!!set {a}\n", "&a !b\n", "!!binary xx\n"])
+def test_a_tag_on_the_whole_document_is_a_fault(text):
+    """It was an exception once, and the daemon did not start."""
+    faults = parse_rules([("z.yaml", text)]).faults
+
+    assert faults and faults[0].file == "z.yaml"

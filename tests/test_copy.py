@@ -22,6 +22,7 @@ from fuse_share import Share
 from trigger_daemon import failpoints
 from trigger_daemon.actions import Action as Provider
 from trigger_daemon.actions import Context, Differs, File, Progress, Proof, Refused, Request
+from trigger_daemon.actions._copy_sums import said_by
 from trigger_daemon.actions.copy import Action
 from trigger_daemon.core.grammar import OptionFault
 from trigger_daemon.core.model import Scope
@@ -305,6 +306,57 @@ def test_sums_are_what_sha256sum_checks(lab: Lab) -> None:
     assert sorted(lab.there()) == ["d/SHA256SUMS", "d/a", "d/b\nc", "d/e"]
     checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=lab.archive / "d", capture_output=True, text=True)
     assert checked.returncode == 0 and checked.stdout.count(": OK") == 3, checked
+
+
+def test_the_name_of_the_list_says_the_digest(lab: Lab) -> None:
+    """Without `digest`, what is written into SHA256SUMS is what `sha256sum -c` expects, and the proof says so."""
+    lab.write("d/a", b"1")
+    request = lab.request("d/a", digest=None, sums="SHA256SUMS")
+    assert lab.run(request).status == "succeeded"
+    checked = subprocess.run(
+        ["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=lab.archive / "d", capture_output=True, text=True,
+    )  # fmt: skip
+    proof = lab.prove(request)
+
+    assert checked.returncode == 0 and checked.stdout.count(": OK") == 1, checked
+    assert [member["digest"] for member in proof.members] == ["sha256:" + hashlib.sha256(b"1").hexdigest()]
+
+
+def test_a_digest_in_a_request_goes_before_the_name(lab: Lab) -> None:
+    """A request that was written down with a digest goes on with it, whatever its list is called."""
+    lab.write("a", b"1")
+    request = lab.request("a", digest="xxh3", sums="SHA256SUMS")
+    assert lab.run(request).status == "succeeded"
+
+    assert lab.prove(request).members[0]["digest"] == "xxh3:" + hexes("xxh3")(b"1")
+
+
+@pytest.mark.parametrize(("name", "digest"), [
+    ("SHA256SUMS", "sha256"), ("sha256sums.txt", "sha256"), ("foo.sha256", "sha256"), ("S1_SHA256", "sha256"),
+    ("SHA-256SUMS", "sha256"), ("MD5SUMS", "md5"), ("checksum.md5", "md5"), ("B3SUMS", "blake3"),
+    ("BLAKE3SUMS", "blake3"), ("a.b3", "blake3"), ("XXH128SUMS", "xxh3"), ("Xxh3Sums", "xxh3"), ("SHA512SUMS", "sha512"),
+    ("sums.txt", ""), ("CHECKSUMS", ""), ("square_b3.txt", ""), ("amd5", ""), ("", ""),
+])  # fmt: skip
+def test_what_names_of_lists_say(name: str, digest: str) -> None:
+    """The usual names say their digest in upper and lower case; a chance likeness says nothing."""
+    assert said_by(name) == digest
+
+
+@pytest.mark.parametrize(("options", "agrees"), [
+    ({"sums": "SHA256SUMS", "digest": "sha256"}, True), ({"sums": "SHA256SUMS", "digest": None}, True),
+    ({"sums": "sums.txt", "digest": "md5"}, True), ({"sums": "{md5}.txt", "digest": "xxh3"}, True),
+    ({"sums": "SHA256SUMS", "digest": "xxh3"}, False), ({"sums": "{session}.md5", "digest": "sha256"}, False),
+    ({"sums": "SHA512SUMS", "digest": None}, False),
+])  # fmt: skip
+def test_a_list_never_bears_the_name_of_another_digest(lab: Lab, options: dict[str, Any], agrees: bool) -> None:
+    """A `digest` that contradicts the name of `sums` is found when the rule is read, with what to do."""
+    if agrees:
+        lab.action.check({"to": "/a", **options})
+        return
+    with pytest.raises(OptionFault) as fault:
+        lab.action.check({"to": "/a", **options})
+
+    assert fault.value.hint
 
 
 # --------------------------------------------------------------- what stands there

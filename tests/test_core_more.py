@@ -1094,3 +1094,14 @@ def test_rule_that_is_removed_lets_go_of_everything():
 
     assert not [e for e in lab.effects[before:] if isinstance(e, model.Look)]
     assert not lab.engine.timers._live
+
+
+@pytest.mark.parametrize("value", [".", ".."])
+def test_capture_that_is_no_name_of_its_own_holds_the_run(value):
+    """`to: /out/{y}` with y = `..` would write outside the destination: a person is asked, nothing starts."""
+    lab = Lab(rule(match=("{s}/p{y}.dat",), options={"to": "/out/{y}"}), auto=False)
+    lab.write(f"s/p{value}.dat")
+    lab.run_for(31)
+
+    assert [type(e) for e in lab.asked] == []
+    assert lab.ledger.states[1] == RunState.HELD

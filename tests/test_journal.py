@@ -412,7 +412,7 @@ def test_files_are_for_the_owner_and_the_group(state_dir: Path, journal: Journal
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in state_dir.iterdir()}
 
     assert stat.S_IMODE(state_dir.stat().st_mode) == 0o2770
-    assert modes == dict.fromkeys(("lock", "journal.db", "journal.db-wal", "journal.db-shm"), 0o660)
+    assert modes == dict.fromkeys(("lock", "journal.db", "journal.db-wal", "journal.db-shm", "journal.made"), 0o660)
 
 
 def test_a_network_file_system_is_refused(state_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -710,7 +710,7 @@ def test_people_read_while_the_daemon_writes_and_when_it_is_down(state_dir: Path
 
     assert up is not None and up == down == killed
     assert kept == 1, "the commit that lies only in the -wal"
-    assert files == left == ["journal.db", "lock"]
+    assert files == left == ["journal.db", "journal.made", "lock"]
     assert before == after, "recovery is the daemon's: a reader stopped in the middle of it would lock the next one out"
 
 
@@ -1080,4 +1080,45 @@ def test_carried_claims_hold_below_the_new_root(journal: Journal) -> None:
     assert reader.directory(new, "d")[1] == reader.directory(old, "d")[1] != {}
     assert reader.directory(new, "other")[1] == {}
     assert sorted(reader.directories(new)) == ["d", "d/e"]
+    reader.close()
+
+
+def test_a_journal_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
+    """A removed journal would send every file again: it is told, until a person says so."""
+    Journal.open(tmp_path).close()
+    (tmp_path / "journal.db").unlink()
+
+    with pytest.raises(JournalError, match="is gone") as told:
+        Journal.open(tmp_path)
+    assert "backup" in told.value.hint
+    (tmp_path / "journal.made").unlink()
+    Journal.open(tmp_path).close()
+
+
+def test_a_running_daemon_notices_that_its_journal_was_removed_or_replaced(tmp_path: Path) -> None:
+    """Rows written into a file without a name are lost with the process."""
+    journal = Journal.open(tmp_path)
+    assert journal.in_place()
+    (tmp_path / "journal.db").rename(tmp_path / "away")
+    gone = journal.in_place()
+    (tmp_path / "journal.db").write_bytes(b"")
+    replaced = journal.in_place()
+    (tmp_path / "journal.db").unlink()
+    (tmp_path / "away").rename(tmp_path / "journal.db")
+    (tmp_path / "lock").unlink()
+
+    assert (gone, replaced, journal.in_place()) == (False, False, False)
+    journal.close()
+
+
+def test_a_closed_journal_is_whole_without_its_wal(tmp_path: Path) -> None:
+    """Whoever copies the file of a stopped daemon has all of it, also while a reader was left open."""
+    journal = Journal.open(tmp_path)
+    journal.append([batch(1, "x")])
+    reader = ClaimReader(journal.path)
+    journal.close()
+    copy = tmp_path / "copy.db"
+    copy.write_bytes((tmp_path / "journal.db").read_bytes())
+
+    assert sqlite3.connect(copy).execute("SELECT count(*) FROM run").fetchone() == (1,)
     reader.close()

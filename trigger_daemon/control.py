@@ -417,7 +417,8 @@ class ControlClient:
         the order is refused for its size or because too many wait.
         """
         if not self.alive():
-            raise NotRunning(f"no daemon holds {self.state_dir}", hint="start it: `systemctl start trigger-daemon`")
+            start = "`trigger-daemon serve` (or `systemctl start trigger-daemon` where it is a service)"
+            raise NotRunning(f"no daemon holds {self.state_dir}", hint=f"start it: {start}")
         words = to_json(args)
         if len(words) > ORDER_BYTES_MAX:
             raise TriggerError(

@@ -146,7 +146,9 @@ class Life:
         """Open everything, then loop."""
         settings = self.settings
         loop = asyncio.get_running_loop()
-        self.journal = self._part(await loop.run_in_executor(self._journal_thread, Journal.open, self.state_dir))
+        self.journal = self._part(await loop.run_in_executor(
+                self._journal_thread, functools.partial(Journal.open, self.state_dir, make=self.first)
+            ))
         self.inbox = Inbox(loop)
         self.providers = self._part(
             Providers(self.state_dir, {"lanes": min(settings.throttle.runs, LANES_MAX)}, self._nudge)
@@ -340,6 +342,11 @@ class Life:
             self._offer_rules()
         if now >= self._next_beat:
             self._next_beat = now + BEAT_S
+            if not self.journal.in_place():
+                raise JournalError(
+                    f"{self.journal.path} or its lock was removed or replaced while the daemon ran",
+                    hint="stop the daemon; put the journal back from a backup; start again",
+                )
             self.scanner.supervise(now)
             self.executor.supervise(now)
             self.volumes.sample(now)

@@ -261,7 +261,7 @@ class DaemonLock:
 
     def __init__(self, state_dir: Path) -> None:
         """Take the lock; raise JournalError naming who holds it."""
-        path = state_dir / LOCK
+        path = self._path = state_dir / LOCK
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         except OSError as error:
@@ -286,6 +286,11 @@ class DaemonLock:
             os.ftruncate(self._fd, len(words))
         except OSError:
             pass  # a full disk: the words only inform, the lock holds without them
+
+    def in_place(self) -> bool:
+        """Say whether the lock file is still the one that is locked."""
+        held, there = os.fstat(self._fd), os.stat(self._path)
+        return (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino)
 
     def release(self) -> None:
         """Give the directory up; idempotent."""
@@ -324,7 +329,8 @@ def holder(state_dir: Path) -> Holder | None:
 def _in_use(state_dir: Path) -> JournalError:
     who = holder(state_dir)
     named = f"pid {who.pid}, started {who.started}" if who else "its pid is not known"
+    stop = "Ctrl-C where `trigger-daemon serve` runs, or `systemctl stop trigger-daemon` where it is a service"
     return JournalError(
         f"another daemon ({named}) holds {state_dir}",
-        hint="stop it first (`systemctl stop trigger-daemon`), or give this one another state_dir",
+        hint=f"stop it first ({stop}), or give this one another state_dir",
     )

@@ -78,6 +78,7 @@ SCHEMA = 1  # PRAGMA user_version of journal.sql
 # Step i takes a journal of schema i + 1 to i + 2, all steps in one transaction.
 MIGRATIONS: tuple[str, ...] = ()
 
+WITNESS = "journal.made"
 RIDER = 0  # the `rule` of a claim that is none: this version travelled as a companion, last with this batch
 
 WRITE_BUSY_S = 5.0  # only a person with sqlite3 can hold the write lock; he gets this long
@@ -122,8 +123,12 @@ class Journal:
         self._connect()
 
     @classmethod
-    def open(cls, state_dir: Path) -> Journal:
+    def open(cls, state_dir: Path, *, make: bool = True) -> Journal:
         """Lock the directory, make or migrate the journal, and open it.
+
+        Without `make` a missing directory is an error: a daemon that has run
+        does not begin anew by itself, no more than where the witness of a
+        journal lies without one.
 
         Raises JournalError: another daemon holds it, it lies on a network or
         FUSE file system, it is damaged, or a newer version wrote it.
@@ -131,7 +136,7 @@ class Journal:
         state_dir = Path(os.path.realpath(state_dir))
         _refuse_remote(state_dir)
         try:
-            if not state_dir.is_dir():
+            if not state_dir.is_dir() and make:
                 state_dir.mkdir(parents=True)
                 state_dir.chmod(DIRECTORY_MODE)
         except OSError as error:
@@ -150,8 +155,24 @@ class Journal:
     def close(self) -> None:
         """Close the file and give the directory up; idempotent."""
         with self._reading, self._writing:
+            self._fold()
             self._disconnect()
         self._daemon_lock.release()
+
+    def _fold(self) -> None:
+        """Take the -wal into the file, so that whoever copies or moves the file alone has all of it."""
+        try:
+            self._write.execute("PRAGMA busy_timeout = 500")
+            self._write.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error:
+            pass  # a bad disk, or a reader that stands still: all is in the -wal, and the next opening finds it
+
+    def in_place(self) -> bool:
+        """Say whether the file and the lock are still the ones that were opened: nobody removed or replaced them."""
+        try:
+            return os.stat(self.path).st_ino == self._inode and self._daemon_lock.in_place()
+        except OSError:
+            return False
 
     def reopen(self) -> None:
         """Open the file anew after an I/O error; only `load` tells whether the failed transaction is in it.
@@ -276,6 +297,7 @@ class Journal:
         except sqlite3.Error as error:
             self._write.close()
             raise fault_of(error, self.path) from error
+        self._inode = os.stat(self.path).st_ino
         self._broken = False
 
     def _disconnect(self) -> None:
@@ -443,8 +465,15 @@ def _refuse_remote(state_dir: Path) -> None:
 def _create(state_dir: Path) -> None:
     """Make an empty journal if there is none. It appears whole or not at all, so a short file is always damage."""
     path = state_dir / JOURNAL
+    witness = state_dir / WITNESS
     if path.exists():
+        _witness(witness)
         return
+    if witness.exists():
+        raise JournalError(
+            f"{path} is gone, though there was one ({WITNESS} lies beside it)",
+            hint=f"restore it from a backup; or remove {witness} to begin anew, which sends every file again",
+        )
     wal = path.with_name(f"{JOURNAL}-wal")
     if wal.exists() and wal.stat().st_size:
         raise damaged(path, f"{wal.name} is there without it")
@@ -464,12 +493,24 @@ def _create(state_dir: Path) -> None:
         finally:
             connection.close()
         new.rename(path)
+        _witness(witness)
         _sync_directory(state_dir)
     except sqlite3.Error as error:
         raise fault_of(error, new) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (JournalFull if full else JournalError)(f"cannot make {path}: {error.strerror}") from error
+
+
+def _witness(path: Path) -> None:
+    """Leave word that there is a journal, for the day when there is none."""
+    if path.exists():
+        return
+    try:
+        path.write_text("A journal was made beside this file. While it is here, a missing journal is an error.\n")
+        path.chmod(FILE_MODE)
+    except OSError:
+        pass  # a full disk; the next start leaves it
 
 
 def _sync_directory(directory: Path) -> None:

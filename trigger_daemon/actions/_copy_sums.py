@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 
 from trigger_daemon.actions._copy_system import fsync_directory
 from trigger_daemon.failpoints import fail_point
+
+# What the usual names of lists say: SHA256SUMS, checksums.md5, b3sums, foo.sha256. `b3` needs a point before or `sum`
+# behind it, because it is also a grid square. Other tools' digests are known in order to be refused.
+_SAID = re.compile(r"(?<![a-z0-9])(?:(sha-?(?:1|224|256|384|512)|md5|blake[23]b?|b2|xxh3|xxh128|xxh64|xxh32)(?:sums?)?"
+                   r"|(b3)sums?|(?<=\.)(b3))(?![a-z0-9])", re.IGNORECASE)  # fmt: skip
+_MEANT = {"b3": "blake3", "xxh128": "xxh3"}  # our xxh3 has 128 bits
+
+
+def said_by(name: str) -> str:
+    """Return the digest that the name of a list says, also one that we cannot make; void if it says none."""
+    said = [next(filter(None, found)).lower().replace("-", "") for found in _SAID.findall(name)]
+    return _MEANT.get(said[-1], said[-1]) if said else ""
 
 
 def merge_sums(target: bytes, temp: bytes, new: Mapping[bytes, str]) -> None:

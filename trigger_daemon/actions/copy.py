@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from trigger_daemon.actions import Context, Differs, Json, Progress, Proof, Refused, Request, Unknown, Unproven
+from trigger_daemon.actions._copy_files import DIGESTS
 from trigger_daemon.actions._copy_store import Store
+from trigger_daemon.actions._copy_sums import said_by
 from trigger_daemon.actions._lanes import Lanes, Pace, Work
 from trigger_daemon.core.grammar import Option, OptionFault, Options
 from trigger_daemon.core.model import Fault, Scope
@@ -33,6 +35,8 @@ THIN_EVERY = 10_000  # attempts between two looks at the size of the store
 
 TELLING = 3  # a shorter captured value may stand in a path by chance
 _DATE = re.compile(r"\d{4}-?\d{2}-?\d{2}")
+DEFAULT_DIGEST = "xxh3"
+_TEMPLATE = re.compile(r"\{[^{}]*\}")
 _LIBRARIES = {"xxh3": "xxhash", "blake3": "blake3"}
 
 
@@ -46,8 +50,8 @@ class Action:
                          default="keep", choices=("keep", "flat")),
         "if_exists": Option("enum", "a different file that we did not write stands at the target: hold, or replace it",
                             default="hold", choices=("hold", "replace")),
-        "digest": Option("enum", "what content is hashed with",
-                         default="xxh3", choices=("xxh3", "blake3", "sha256", "md5")),
+        "digest": Option("enum", "what content is hashed with; absent: xxh3, or what the name of `sums` says",
+                         choices=DIGESTS),
         "sums": Option("text", "keep a list of digests under this name in each target directory, such as SHA256SUMS",
                        template=True),
         "bandwidth": Option("rate", "read no faster than this, for each run"),
@@ -82,9 +86,7 @@ class Action:
         sums = options.get("sums")
         if sums is not None and (not sums or "/" in sums or sums in (".", "..")):
             raise OptionFault("sums", f"{sums!r} is not a file name", "write a name such as SHA256SUMS")
-        library = _LIBRARIES.get(options.get("digest", "xxh3"))
-        if library and importlib.util.find_spec(library) is None:
-            raise OptionFault("digest", f"needs the library {library}", f"install {library}, or choose sha256")
+        _check_digest(options)
 
     def destination(self, options: Mapping[str, Any]) -> str:
         return " + ".join(_static(path, {}) for path in _paths(options))
@@ -208,7 +210,7 @@ class Action:
             "do": do, "run": request.run, "attempt": request.attempt, "owner": self._owner,
             "files": [(file.root.rstrip("/"), file.path, file.size, file.mtime_ns) for file in request.files],
             "to": to, "layout": options.get("layout", "keep"), "if_exists": options.get("if_exists", "hold"),
-            "digest": options.get("digest", "xxh3"), "sums": options.get("sums"),
+            "digest": _digest(options), "sums": options.get("sums"),
             "bandwidth": options.get("bandwidth"), "state_dir": self._context.state_dir,
             "large": settings.get("large_bytes", LARGE_BYTES), "segment": settings.get("segment_bytes", SEGMENT_BYTES),
         }  # fmt: skip
@@ -302,6 +304,30 @@ def _fault(told: Mapping[str, Any]) -> Fault:
 def _paths(options: Mapping[str, Any]) -> list[str]:
     to = options["to"]
     return [to] if isinstance(to, str) else list(to)
+
+
+def _digest(options: Mapping[str, Any]) -> str:
+    """Return the digest of a request. A written one goes first: requests of earlier versions always have it."""
+    said = said_by(options.get("sums") or "")
+    return options.get("digest") or (said if said in DIGESTS else DEFAULT_DIGEST)
+
+
+def _check_digest(options: Mapping[str, Any]) -> None:
+    """Raise OptionFault where `digest` and the name of `sums` disagree, or no such digest can be made here."""
+    written = options.get("digest")
+    sums = _TEMPLATE.sub("x", options.get("sums") or "")  # a capture's name says nothing
+    said = said_by(sums)
+    if said and said not in DIGESTS:
+        raise OptionFault("sums", f"the name says {said}, which copy cannot make",
+                          f"choose a name that says one of {', '.join(DIGESTS)}, such as SHA256SUMS")
+    if written and said and written != said:
+        raise OptionFault("digest", f"{written}, but the name of `sums` says {said}: its tool would find every file bad",
+                          f"leave `digest` out, write {said}, or choose a name for `sums` that says {written} or nothing")
+    digest = written or said or DEFAULT_DIGEST
+    library = _LIBRARIES.get(digest)
+    if library and importlib.util.find_spec(library) is None:
+        raise OptionFault("sums" if said and not written else "digest", f"{digest} needs the library {library}",
+                          f"install {library}, or choose sha256")
 
 
 def _static(path: str, values: Mapping[str, str]) -> str:

@@ -53,11 +53,21 @@ def main(args: list[str] | None = None) -> Any:
 
 def run(args: list[str] | None = None) -> int:
     """Run one command; return its exit code. Errors are told with a hint, never as a traceback."""
-    from trigger_daemon.cli.text import complain, faults, safe
+    setup = commands.Setup()
+    try:
+        return _run(setup, args)
+    except OSError as error:  # nobody reads what went wrong
+        if not _pipe_closed(error):
+            raise
+        return PIPE_CLOSED
+
+
+def _run(setup: commands.Setup, args: list[str] | None) -> int:
+    from trigger_daemon.cli.text import fault_words, faults, safe
     from trigger_daemon.errors import ConfigError, NotRunning, TriggerError
 
     try:
-        code = program.main(args=args, prog_name="trigger-daemon", standalone_mode=False)
+        code = program.main(args=args, prog_name="trigger-daemon", standalone_mode=False, obj=setup)
         return code if isinstance(code, int) else commands.OK
     except click.exceptions.Exit as left:
         return left.exit_code
@@ -70,28 +80,33 @@ def run(args: list[str] | None = None) -> int:
         if error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
         help_ = f"`{error.ctx.command_path} --help` tells more" if error.ctx is not None else ""
-        complain(error.format_message(), help_)
+        setup.fail(error.format_message(), help_)
         return commands.USAGE
     except click.ClickException as error:
-        complain(error.format_message())
+        setup.fail(error.format_message())
         return commands.FAILURE
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except ConfigError as error:
         click.echo(faults(error.faults), err=True)
+        setup.refuse(error.message, error.hint, faults=[fault_words(fault) for fault in error.faults])
         return commands.CONFIGURATION
     except NotRunning as error:
-        complain(error.message, error.hint)
+        setup.fail(error.message, error.hint)
         return commands.NOT_RUNNING
     except TriggerError as error:
-        complain(error.message, error.hint)
+        setup.fail(error.message, error.hint)
         return commands.FAILURE
     except OSError as error:
-        if error.errno == errno.EPIPE or isinstance(error, BrokenPipeError):
+        if _pipe_closed(error):
             return PIPE_CLOSED
         where = f": {safe(os.fsdecode(error.filename))}" if isinstance(error.filename, str | bytes) else ""
-        complain(f"{error.strerror or error}{where}")
+        setup.fail(f"{error.strerror or error}{where}")
         return commands.FAILURE
+
+
+def _pipe_closed(error: OSError) -> bool:
+    return error.errno == errno.EPIPE or isinstance(error, BrokenPipeError)
 
 
 def _hush() -> None:

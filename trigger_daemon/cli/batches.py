@@ -43,7 +43,7 @@ def _open(found: list[dict[str, Any]]) -> None:
         click.echo("no open batches")
         return
     shown = text.table(
-        "rule", "group", ("files", "right"), ("size", "right"), ("waits for", "wide"), ("until", "word")
+        ("rule", "name"), "group", ("files", "right"), ("size", "right"), ("waits for", "wide"), ("until", "word")
     )
     for batch in found:
         text.row(
@@ -59,8 +59,8 @@ def _closed(found: list[dict[str, Any]]) -> None:
         return
     now = time.time()
     shown = text.table(
-        ("run", "right"), "rule", "group", ("files", "right"), ("size", "right"), ("closed because", "wide"),
-        ("ago", "right"), ("state", "word"),
+        ("run", "right"), ("rule", "name"), ("group", "name"), ("files", "right"), ("size", "right"),
+        ("closed because", "wide"), ("ago", "right"), ("state", "word"),
     )  # fmt: skip
     for batch in found:
         text.row(

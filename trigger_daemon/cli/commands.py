@@ -35,6 +35,7 @@ class Setup:
         self.config: Path | None = None
         self.json = False
         self._state_dir: Path | None = None
+        self._said = False  # something stands on stdout as JSON
 
     def settings(self) -> Settings:
         """Return all settings. Raises ConfigError."""
@@ -75,20 +76,33 @@ class Setup:
 
     def tell(self, answer: Mapping[str, Any]) -> None:
         """Print the answer to an order; end the command with 1 if it was refused."""
-        from trigger_daemon.cli.text import complain, safe
+        from trigger_daemon.cli.text import safe
 
         if self.json:
             self.data(answer)
         elif answer.get("text"):
             click.echo(safe(str(answer["text"])))
         if not answer.get("ok"):
-            complain(str(answer.get("error") or "the daemon refused"), str(answer.get("hint") or ""))
+            self.fail(str(answer.get("error") or "the daemon refused"), str(answer.get("hint") or ""))
             raise click.exceptions.Exit(FAILURE)
 
     def data(self, value: Any, *, compact: bool = False) -> None:
         """Print JSON: ASCII, so that any byte of a name survives as its surrogate escape."""
+        self._said = True
         click.echo(json.dumps(value, ensure_ascii=True, indent=None if compact else 2))
         sys.stdout.flush()
+
+    def fail(self, message: str, hint: str = "", **more: Any) -> None:
+        """Say on stderr what is wrong and what to do next; programs that were told nothing yet read it on stdout."""
+        from trigger_daemon.cli.text import complain
+
+        complain(message, hint)
+        self.refuse(message, hint, **more)
+
+    def refuse(self, message: str, hint: str = "", **more: Any) -> None:
+        """Print for programs, if they were told nothing yet, that the command failed, as a refused order does."""
+        if self.json and not self._said:
+            self.data({"ok": False, "error": message, "hint": hint, **more})
 
 
 def who() -> str:

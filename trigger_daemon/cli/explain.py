@@ -195,9 +195,11 @@ def _from_journal(answers: Answers, reader: Reader, claims: Sequence[tuple[str, 
         return _claimed(answers, reader, *now)
     if present.version is None:
         if not claims:
-            stage = "gone" if present.absent else "unmatched"
-            away = next((words for root, words in answers.away.items() if answers.path.startswith(root + "/")), "")
-            return {"stage": "settling" if away else stage, "because": away or present.words, "run": None}
+            stage, words = "unmatched", present.words
+            if present.absent:
+                stage, words = "gone", "no such file, and nothing is known of one"
+            away = next((why for root, why in answers.away.items() if answers.path.startswith(root + "/")), "")
+            return {"stage": "settling" if away else stage, "because": away or words, "run": None}
         told = _claimed(answers, reader, *claims[0])
         return {**told, "because": f"{told['because']}; now {present.words}"}
     because = "not looked at yet"

@@ -74,7 +74,8 @@ def skip(setup: Setup, paths: tuple[str, ...], rule: str | None, why: str) -> No
 def resend(setup: Setup, paths: tuple[str, ...], rule: str | None, why: str) -> None:
     """Send files again that were sent, skipped, or there from the beginning: each in a batch of its own.
 
-    Only a version that a rule has dealt with can be sent again, and only when the run that took it has ended.
+    Only a version that a rule has dealt with can be sent again, and only when the run that took it has ended. The file
+    goes alone: its companions do not travel again.
     """
     wanted: list[dict[str, Any]] = []
     for path in paths:

@@ -20,8 +20,9 @@ _HEAD = """\
 Noun, then verb: `trigger-daemon runs list`. Data goes to stdout, everything else to stderr.
 
 Every command understands `-F`, `--format text|json` and `--config FILE`, before or after the noun, and `-h`, `--help`.
-Text is made for people; [the JSON](json.md) is an interface. `TRIGGER_DAEMON_CONFIG` names the settings file, too, and
-`TRIGGER_DAEMON_*` override what is in it.
+Text is made for people; [the JSON](json.md) is an interface: there a command that fails says why on stdout too, as
+`{"ok": false, "error", "hint"}`, unless it has printed its answer already. `TRIGGER_DAEMON_CONFIG` names the
+settings file, too, and `TRIGGER_DAEMON_*` override what is in it.
 
 Colours appear on a terminal only, and not if `NO_COLOR` is set. A file name that holds a control character or is no
 UTF-8 is shown as `$'...'`, which a shell takes back.

@@ -111,8 +111,9 @@ def list_(setup: Setup) -> None:
         click.echo("no rules are in force")
         return
     shown = text.table(
-        "rule", ("state", "word"), ("watches", "wide"), ("starts", "word"), ("held", "right"), ("files done", "right")
-    )
+        ("rule", "name"), ("state", "word"), ("watches", "wide"), ("starts", "word"), ("held", "right"),
+        ("files done", "right"),
+    )  # fmt: skip
     for each in found:
         text.row(
             shown, each["name"], each["state"], text.name(each["watch"] or ""), each["action"] or "",

@@ -23,7 +23,12 @@ _STATES = {
     "abandon": (RunState.HELD,),
 }
 
-state_option = click.option("--state", type=click.Choice([str(s) for s in RunState], case_sensitive=False))
+state_option = click.option(
+    "--state",
+    type=click.Choice([str(state) for state in RunState], case_sensitive=False),
+    metavar="STATE",
+    help=f"In this state: {', '.join(map(str, RunState))}.",
+)
 rule_option = click.option("--rule", help="Of this rule.")
 group_option = click.option(
     "--group", "groups", multiple=True, metavar="CAPTURE=VALUE", help="Of this group; may be repeated."
@@ -77,8 +82,8 @@ def _wait_live(setup: Setup, found: list[dict[str, Any]]) -> None:
 def _table(found: Sequence[Mapping[str, Any]]) -> Any:
     now = time.time()
     shown = text.table(
-        ("run", "right"), ("state", "word"), "rule", "group", ("files", "right"), ("size", "right"), ("ago", "right"),
-        ("waits for", "wide"),
+        ("run", "right"), ("state", "word"), ("rule", "name"), ("group", "name"), ("files", "right"),
+        ("size", "right"), ("ago", "right"), ("waits for", "two"),
     )  # fmt: skip
     for run in found:
         waits = (run["error"] if run["state"] == RunState.HELD else None) or run["waiting_for"] or run["error"] or ""

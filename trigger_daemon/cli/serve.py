@@ -9,7 +9,6 @@ from typing import NoReturn
 import click
 
 from trigger_daemon.cli.commands import FAILURE, OK, Command, Setup, pass_setup
-from trigger_daemon.cli.text import complain
 from trigger_daemon.errors import TriggerError
 
 
@@ -32,7 +31,7 @@ def serve(setup: Setup) -> None:
     try:
         runner.run(daemon.serve(settings, reload_settings=setup.settings))
     except TriggerError as error:
-        complain(error.message, error.hint)
+        setup.fail(error.message, error.hint)
         _leave(FAILURE)
     except Exception:  # noqa: BLE001 the top: the service manager starts us again, if only we end
         log.get().critical("daemon.crashed", exc_info=True)

@@ -31,6 +31,7 @@ WATCH_S = 1.0
 BAR = 14  # characters
 WAITING_MAX = 10  # runs of a state that are shown
 WAITING_ANSWER_S = 1.0  # status does not wait longer for the daemon than this
+ALARMS_BRIEF_MAX = 3  # in --watch: rules and roots keep their place on 24 lines
 QUIET_ALARMS = ("paused",)  # somebody did it on purpose
 
 _WAIT_STATES = ("HELD", "INACTIVE", "PENDING")
@@ -53,7 +54,7 @@ def status(setup: Setup, watch: bool) -> None:
     if setup.json:
         setup.data(text.timed(now))
     else:
-        text.console().print(_shown(now))
+        text.console().print(shown(now))
     raise click.exceptions.Exit(exit_code(now))
 
 
@@ -92,7 +93,10 @@ def gather(setup: Setup) -> dict[str, Any]:
     alarms = open_alarms(reader, heartbeat if running else None) if known else []
     beat = heartbeat or _silent()
     age_s = max(0.0, time.time() - beat["time"]) if heartbeat else 0.0
-    daemon = {**beat["daemon"], "running": running, "heartbeat_time": beat["time"], "heartbeat_age_s": round(age_s, 1)}
+    daemon = {
+        **beat["daemon"], "running": running, "heartbeat_time": beat["time"], "heartbeat_age_s": round(age_s, 1),
+        "state_dir": str(setup.state_dir), "journal": known,
+    }  # fmt: skip
     if running:
         daemon["pid"] = client.pid() or daemon["pid"]
         if age_s > STALE_S:
@@ -184,12 +188,13 @@ def _paced(setup: Setup, beat: Mapping[str, Any]) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------- text
 
 
-def _shown(now: Mapping[str, Any]) -> RenderableType:
-    """Return everything as one thing rich can print."""
+def shown(now: Mapping[str, Any], *, brief: bool = False) -> RenderableType:
+    """Return everything as one thing rich can print; `brief` for a screen, which alarms must not fill."""
     from rich.console import Group
 
+    alarms = _alarms_brief(now) if brief else _alarms(now)
     parts = [
-        _head(now), *_alarms(now), *_rules(now), *_working(now), *_waits(now), *_roots(now), *_volumes(now),
+        _head(now), *_rules(now), *_roots(now), *alarms, *_working(now), *_waits(now), *_volumes(now),
     ]  # fmt: skip
     return Group(*parts)
 
@@ -211,12 +216,38 @@ def _head(now: Mapping[str, Any]) -> RenderableType:
             words.append(f"last heard of {text.clock(daemon['heartbeat_time'])}")
         style = "bold red"
     lines = [" · ".join(words)]
+    if not daemon["running"]:
+        lines.append(_where(daemon))
     if now["paused"]:
         lines.append(text.safe(now["paused"]))
     why = needs_person(now)
     if why and daemon["running"]:
         lines.append(f"A person is needed: {'; '.join(why)}.")
     return Text("\n".join(lines), style=style)
+
+
+def _where(daemon: Mapping[str, Any]) -> str:
+    """Return where nothing runs, and what to do: with the wrong settings one looks in the wrong place."""
+    start = "`trigger-daemon serve` (or `systemctl start trigger-daemon` where it is a service)"
+    place = text.name(daemon["state_dir"])
+    if daemon["journal"]:
+        return f"no daemon holds {place}\nhint: start it: {start}"
+    return f"there is no journal in {place}\nhint: name its settings with --config, or start it: {start}"
+
+
+def _alarms_brief(now: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield one line an alarm, those first that nobody has acknowledged."""
+    from rich.text import Text
+
+    alarms = sorted(now["alarms"], key=lambda alarm: bool(alarm["acked_by"]))
+    if alarms:
+        yield Text("\nALARMS", style="bold")
+    for alarm in alarms[:ALARMS_BRIEF_MAX]:
+        style = "" if alarm["acked_by"] else "red"
+        yield Text(f"! {text.safe(alarm['what'])}", style=style, no_wrap=True, overflow="ellipsis")
+    if (more := len(alarms) - ALARMS_BRIEF_MAX) > 0:
+        yield Text(f"+{more} more: `trigger-daemon alarms list`")
+    yield from _changes(now)
 
 
 def _alarms(now: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -226,6 +257,13 @@ def _alarms(now: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text("\nALARMS", style="bold")
     for alarm in now["alarms"]:
         yield Text(alarm_words(alarm), style="" if alarm["acked_by"] else "red")
+    yield from _changes(now)
+
+
+def _changes(now: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield what keeps the rule files from being in force."""
+    from rich.text import Text
+
     if fault := now["rules_fault"]:
         place = f"{fault['file']}:{fault['line']}:{fault['column']}"
         yield Text(f"\nthe rule files have a fault; the last good ones go on: {text.safe(place)}:"
@@ -242,8 +280,8 @@ def _rules(now: Mapping[str, Any]) -> Iterator[RenderableType]:
         return
     yield ""
     shown = text.table(
-        "rule", ("state", "word"), ("settling", "right"), ("waiting", "right"), ("blocked", "right"), ("runs", "wide"),
-        ("files done", "right"), ("size", "right"),
+        ("rule", "name"), ("state", "word"), ("settling", "right"), ("waiting", "right"), ("blocked", "right"),
+        ("runs", "wide"), ("done", "right"), ("size", "right"),
     )  # fmt: skip
     for rule in now["rules"]:
         runs = ", ".join(f"{count:,} {state}" for state, count in sorted(rule["runs"].items()))
@@ -289,7 +327,7 @@ def _waits(now: Mapping[str, Any]) -> Iterator[RenderableType]:
     if not now["waiting"]:
         return
     yield ""
-    shown = text.table(("run", "right"), "rule", ("state", "word"), "group", ("waits for", "wide"))
+    shown = text.table(("run", "right"), ("rule", "name"), ("state", "word"), ("group", "name"), ("waits for", "wide"))
     for run in now["waiting"]:
         waits = run["error"] if run["state"] == "HELD" and run["error"] else run["waiting_for"]
         text.row(shown, run["run"], run["rule"], run["state"], text.group(run["group"]), waits)
@@ -345,14 +383,14 @@ def _watch(setup: Setup) -> None:
             if setup.json:
                 setup.data(text.timed(now), compact=True)
             else:
-                text.console().print(_shown(now))
+                text.console().print(shown(now, brief=True))
                 click.echo()
             time.sleep(WATCH_S)
     from rich.live import Live
 
     with _keys() as pressed, Live(console=text.console(), screen=True, auto_refresh=False) as live:
         while True:
-            live.update(_shown(gather(setup)), refresh=True)
+            live.update(shown(gather(setup), brief=True), refresh=True)
             if pressed(WATCH_S) in ("q", "Q"):
                 return
 

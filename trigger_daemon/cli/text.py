@@ -17,8 +17,8 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
+    from trigger_daemon.cli.tables import Fitted
     from trigger_daemon.errors import ConfigFault
 
 # Controls (C0, DEL, C1), lone surrogates, line separators, marks that change the direction of writing, and what is
@@ -159,24 +159,14 @@ def _columns() -> int:
     return max(40, int(said)) if said.isdigit() else WIDTH
 
 
-def table(*columns: str | tuple[str, str]) -> Table:
-    """Return an empty table; a column is its heading, or (heading, kind): right, word (never broken), or wide."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def table(*columns: str | tuple[str, str]) -> Fitted:
+    """Return an empty table; a column is its heading (then a path), or (heading, kind), see `tables.Fitted`."""
+    from trigger_daemon.cli.tables import Fitted
 
-    made = Table(
-        box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1),
-    )  # fmt: skip
-    for column in columns:
-        heading, kind = column if isinstance(column, tuple) else (column, "")
-        made.add_column(
-            heading, justify="right" if kind == "right" else "left", no_wrap=kind in ("right", "word"),
-            overflow="fold", ratio=1 if kind == "wide" else None,
-        )  # fmt: skip
-    return made
+    return Fitted([column if isinstance(column, tuple) else (column, "path") for column in columns])
 
 
-def row(made: Table, *cells: Any) -> None:
+def row(made: Fitted, *cells: Any) -> None:
     """Add a row; states and healths get their colour."""
     from rich.text import Text
 
@@ -184,7 +174,7 @@ def row(made: Table, *cells: Any) -> None:
     for cell in cells:
         text = "" if cell is None else str(cell) if isinstance(cell, int) else safe(str(cell))
         shown.append(Text(text, style=_COLOURS.get(text, "")))
-    made.add_row(*shown)
+    made.add(shown)
 
 
 def coloured(word: str, stream: TextIO | None = None) -> str:

@@ -111,7 +111,11 @@ class Source:
         if node is None:
             self.add(self.fault(0, 0, "the file is empty", empty))
             return None
-        return Value(node, self, "", 0)
+        try:
+            return Value(node, self, "", 0)
+        except Bad as bad:  # a tag on the whole document
+            self.add(bad.fault)
+            return None
 
     def _syntax(self, error: MarkedYAMLError) -> ConfigFault:
         mark = error.problem_mark or error.context_mark

@@ -503,6 +503,9 @@ class Engine:
         templates = self.providers.templates(rule.action)
         options = dict(rule.options)
         fault: dict[str, Any] = {}
+        for name, value in captures.items():
+            if value in (".", ".."):  # in a path it would lead out of the destination
+                fault = {"fault": f"the capture {{{name}}} is {value!r}, which names no directory of its own"}
         for name in templates & options.keys():
             try:
                 options[name] = patterns.render_all(options[name], values)
