@@ -1105,3 +1105,18 @@ def test_capture_that_is_no_name_of_its_own_holds_the_run(value):
 
     assert [type(e) for e in lab.asked] == []
     assert lab.ledger.states[1] == RunState.HELD
+
+
+def test_file_that_a_run_found_changed_is_looked_at_without_an_event():
+    """A change nobody told of (a truncation, a writer that keeps it open) does not wait for the next full sweep."""
+    lab = Lab(rule(), auto=False)
+    lab.write("d/a.tif", 10)
+    lab.run_for(31)
+    lab.write("d/a.tif", 3, heard=False)
+    lab.step(model.Started(1, 1, "h", lab.at))
+    lab.step(model.Polled(1, 1, "succeeded", lab.at, changed=("d/a.tif",)))
+    lab.step(model.Proved(1, 1, [], lab.at, changed=("d/a.tif",)))
+    lab.run_for(40)
+
+    assert lab.ledger.states[1] == RunState.SUPERSEDED
+    assert lab.batches() == [("d/a.tif",), ("d/a.tif",)]

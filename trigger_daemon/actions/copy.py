@@ -321,8 +321,8 @@ def _check_digest(options: Mapping[str, Any]) -> None:
         raise OptionFault("sums", f"the name says {said}, which copy cannot make",
                           f"choose a name that says one of {', '.join(DIGESTS)}, such as SHA256SUMS")
     if written and said and written != said:
-        raise OptionFault("digest", f"{written}, but the name of `sums` says {said}: its tool would find every file bad",
-                          f"leave `digest` out, write {said}, or choose a name for `sums` that says {written} or nothing")
+        raise OptionFault("digest", f"{written}, but the name of `sums` says {said}",
+                          f"leave `digest` out, or write {said}, or choose a name that says {written} or nothing")
     digest = written or said or DEFAULT_DIGEST
     library = _LIBRARIES.get(digest)
     if library and importlib.util.find_spec(library) is None:

@@ -34,6 +34,7 @@ from trigger_daemon.core.model import (
     HoldSweeps,
     Kept,
     Log,
+    Look,
     Mark,
     Marked,
     Mismatch,
@@ -59,6 +60,7 @@ from trigger_daemon.core.model import (
     Vanished,
     counted,
     join,
+    split,
 )
 from trigger_daemon.core.regexes import PatternError
 from trigger_daemon.core.rules import Retry, Rule
@@ -84,6 +86,7 @@ SWEEP_AGAIN_S = 30.0  # after a failed sweep that something waits for; longer fo
 SWEEP_AGAIN_DUTY = 20
 CLOCK_AHEAD_S = 86_400.0  # a mark so far in the future was made by a clock that has been set back
 TELL_EVERY_S = 1.0
+OUTDATED_MAX = 10_000  # files looked at anew because a run found them changed; beyond them sweeps do
 LISTED_MAX = 10_000  # files in one answer
 
 # What of a rule decides only what is done with files, not which are gathered: changing it makes no file wait again.
@@ -159,7 +162,9 @@ class Engine:
             marks=self.marks,
             runs_max=runs_max,
             prepares=providers.prepares,
+            on_outdated=self._outdate,
         )
+        self._outdated: set[tuple[int, str, str]] = set()  # files to be looked at anew, known to no settling
         self.rules: dict[str, Rule] = {}
         self.assemblies: dict[int, Assembly] = {}
         self.roots: dict[str, int] = {}
@@ -275,6 +280,12 @@ class Engine:
         if fact.cause == "deadline":
             for settling in self._by_root.get(fact.root, ()):
                 settling.answered(fact)
+            if self._outdated:
+                for row in fact.rows:
+                    place = (fact.root, fact.dir, row[0])
+                    if place in self._outdated:
+                        self._outdated.discard(place)
+                        self._found(fact, [row], row[2])
             return
         rows = fact.rows
         if not rows:
@@ -290,6 +301,18 @@ class Engine:
                 self._found(fact, some, wants)
         if fact.cause == "sweep":
             self._balance_sweeps()
+
+    def _outdate(self, rule: int, paths: Sequence[str]) -> None:
+        """Look at files that a run met in a newer version: no event may have told of it."""
+        assembly = self.assemblies.get(rule)
+        if assembly is None or not assembly.steady:
+            return  # a sweep finds them
+        for path in paths[:OUTDATED_MAX]:
+            directory, name = split(path)
+            self._outdated.add((assembly.root, directory, name))
+            self._out.append(Look(assembly.root, directory, (name,)))
+        if len(self._outdated) > OUTDATED_MAX:
+            self._outdated.clear()
 
     def _found(self, fact: Seen, rows: Sequence[Row], wants: tuple[tuple[int, int], ...]) -> None:
         for rule, earlier in wants:

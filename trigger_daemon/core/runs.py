@@ -132,6 +132,7 @@ class Runs:
         marks: dict[tuple[int, str, str], tuple[int, float]],
         runs_max: int,
         prepares: Callable[[str], bool],
+        on_outdated: Callable[[int, Sequence[str]], None],
     ) -> None:
         self.timers = timers
         self.out = out
@@ -141,6 +142,7 @@ class Runs:
         self.marks = marks
         self.runs_max = runs_max
         self.prepares = prepares
+        self._on_outdated = on_outdated
         self.open: dict[int, Run] = {}
         self.rules: dict[str, Rule] = {}
         self.paused_all = ""
@@ -543,6 +545,7 @@ class Runs:
         proof = self._proof_required(run)
         final = not proof
         because = fact.why or "the provider says success"
+        self._met_newer(run, fact.changed)
         if fact.changed and not proof:
             because += f"; {len(fact.changed)} of {run.files} had changed and were left out"
         self._move(run, Event.SUCCEEDED, because, fact.at, final=final, output=fact.output, error="", hint="")
@@ -665,6 +668,7 @@ class Runs:
         run = self._verifying(fact.run, fact.attempt)
         if run is None:
             return
+        self._met_newer(run, fact.changed)
         left_out = len(fact.changed)
         if fact.changed and not fact.members:
             self._end(run, Event.SUPERSEDED, f"all {left_out} files have a newer version or are gone", fact.at)
@@ -675,12 +679,18 @@ class Runs:
             because += f"; {left_out} left out: a newer version or gone"
         self._end(run, Event.PROVED, because, fact.at)
 
+    def _met_newer(self, run: Run, paths: Sequence[str]) -> None:
+        """The provider met newer versions of these files: that is as good as a hint."""
+        if paths:
+            self._on_outdated(run.rule_id, paths)
+
     def mismatch(self, fact: Mismatch) -> None:
         run = self._verifying(fact.run, fact.attempt)
         if run is None:
             return
         first = next(iter(fact.which.items()), ("", ""))
         why = f"{counted(len(fact.which), 'file')} not equal at the destination, the first: {first[0]}: {first[1]}"
+        self._met_newer(run, fact.changed)
         if len(fact.changed) >= run.files:
             self._end(run, Event.SUPERSEDED, "all files have a newer version or are gone", fact.at)
             return
