@@ -16,7 +16,6 @@ import random
 import signal
 import socket
 import threading
-import time
 import zoneinfo
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -361,12 +360,14 @@ class Life:
             self._journal_thread.submit(self._thin)
 
     def _thin(self) -> None:
+        """Thin one portion; commits that wait for this thread come before the next."""
         try:
-            while self.journal.thin(self.clock.utc() - self.settings.keep_done_s, THIN_RUNS) == THIN_RUNS:
-                time.sleep(0)  # commits waiting on this thread come between two portions
-                break
+            done = self.journal.thin(self.clock.utc() - self.settings.keep_done_s, THIN_RUNS)
         except JournalError as error:
             self.log.warning("journal.thin_failed", why=error.message)
+            return
+        if done == THIN_RUNS and not self.daemon.stopping:
+            self._journal_thread.submit(self._thin)
 
     def _tell(self) -> None:
         """Hand the command line a heartbeat; the first one begins the service of its file."""

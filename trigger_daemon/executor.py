@@ -8,6 +8,7 @@ records they belong to.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -55,7 +56,9 @@ class Providers:
         with self._lock:
             if action not in self._made:
                 directory = self._state_dir / "actions" / action
-                directory.mkdir(parents=True, exist_ok=True, mode=0o2770)
+                # On a full disk the provider says so when it starts; the core, which only asks for a name, goes on.
+                with contextlib.suppress(OSError):
+                    directory.mkdir(parents=True, exist_ok=True, mode=0o2770)
                 context = actions.Context(
                     state_dir=str(directory),
                     nudge=self._nudge,
