@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -405,6 +408,78 @@ def test_our_own_earlier_version_is_replaced(lab: Lab) -> None:
     assert lab.there() == {"a": b"edited by a person"}
 
 
+@pytest.mark.parametrize("size", [10, 3 * MIB])
+@pytest.mark.parametrize("other", ["in a directory", "of another root"])
+def test_what_was_written_for_another_source_is_foreign(lab: Lab, other: str, size: int) -> None:
+    """Two sources with one target: equal is proof, different is held; `replace` replaces."""
+    lab.write("a/x", noise(size, 1))
+    lab.write("b/x", noise(size + 1, 2))
+
+    def copy(which: str, **options: Any) -> Progress:
+        if other == "in a directory":
+            return lab.copy(f"{which}/x", layout="flat", **options)
+        request = lab.request(f"{which}/x", **options)
+        root = File(str(lab.source / which), "x", request.files[0].size, request.files[0].mtime_ns)
+        return lab.run(dataclasses.replace(request, files=(root,)))
+
+    assert copy("a").status == "succeeded"
+    progress = copy("b")
+    assert progress.fault is not None and (progress.fault.kind, progress.fault.scope) == ("person", Scope.FILE)
+    for part in (lab.source / "a/x", lab.source / "b/x", lab.archive / "x"):
+        assert str(part) in progress.fault.hint
+    assert lab.there() == {"x": noise(size, 1)}
+
+    assert copy("b", if_exists="replace").status == "succeeded"
+    lab.write("a/x", noise(size + 2, 3))
+    progress = copy("a")
+    assert progress.fault is not None and progress.fault.kind == "person"
+    assert lab.there() == {"x": noise(size + 1, 2)}
+
+    lab.write("a/x", noise(size + 1, 2))
+    assert copy("a").status == "succeeded"
+
+
+@pytest.mark.parametrize("size", [10_000, 3 * MIB])
+def test_two_sources_that_race_for_a_target_never_overwrite(lab: Lab, size: int) -> None:
+    """Who records first has the target; the other is held, also where size and time are the same."""
+    for name in ("a/x", "b/x"):
+        lab.write(name, noise(size, ord(name[0])))
+        os.utime(lab.source / name, ns=(10**18, 10**18))
+    requests = [lab.request(f"{name}/x", layout="flat") for name in "ab"]
+    lab.limit = size  # both look at the target before either has it
+    handles = [lab.action.start(request, None) for request in requests]
+    ended = [lab.wait(request, handle) for request, handle in zip(requests, handles, strict=True)]
+    assert sorted(progress.status for progress in ended) == ["failed", "succeeded"]
+    winner = [progress.status for progress in ended].index("succeeded")
+    before = lab.there()
+    assert before == {"x": noise(size, ord("ab"[winner]))}
+
+    again = dataclasses.replace(requests[1 - winner], attempt=2)
+    lab.limit = None
+    progress = lab.run(again)
+    assert progress.fault is not None and progress.fault.kind == "person", progress
+    assert lab.there() == before
+
+
+def test_records_of_an_earlier_version_name_no_source(lab: Lab) -> None:
+    """A store without sources is taken over; what it knows as ours is foreign unless equal."""
+    lab.write("a", b"one")
+    assert lab.copy("a").status == "succeeded"
+    lab.close()
+    with sqlite3.connect(lab.state / "copy.db") as db:
+        db.execute("ALTER TABLE wrote DROP COLUMN source")
+        db.execute("ALTER TABLE wrote DROP COLUMN before_source")
+    db.close()
+    lab.restart()
+    assert lab.copy("a").status == "succeeded"
+    lab.write("a", b"second")
+    progress = lab.copy("a")
+    assert progress.fault is not None and progress.fault.kind == "person"
+    assert lab.copy("a", if_exists="replace").status == "succeeded"
+    lab.write("a", b"the third")
+    assert lab.copy("a").status == "succeeded"
+
+
 def test_a_target_that_is_the_source_is_no_copy(lab: Lab) -> None:
     """A hard link to the source is refused: it would prove nothing."""
     lab.write("a", b"1")
@@ -464,15 +539,64 @@ def test_a_large_source_written_to_while_copied_is_dropped(lab: Lab) -> None:
     assert lab.there() == {}
 
 
-def test_an_emptied_directory_is_not_believed_to_be_deletion(lab: Lab) -> None:
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_emptied_root_is_not_believed_to_be_deletion(lab: Lab, is_there: bool) -> None:
     """All gone looks like a lost mount: the attempt waits, the file is not `changed`."""
     lab.write("d/a", b"1")
     request = lab.request("d/a")
-    (lab.source / "d/a").unlink()
+    shutil.rmtree(lab.source)
+    if is_there:
+        lab.source.mkdir()
     progress = lab.run(request)
 
     assert progress.status == "failed" and progress.fault is not None and progress.fault.kind == "transient"
     assert progress.changed == ()
+
+
+def test_files_whose_directory_is_gone_are_gone(lab: Lab) -> None:
+    """A directory renamed, removed or replaced below a healthy root is no lost mount."""
+    names = [lab.write(name, b"1") for name in ("renamed/x/a", "removed/a", "replaced/a", "good")]
+    request = lab.request(*names)
+    (lab.source / "renamed").rename(lab.source / "elsewhere")
+    shutil.rmtree(lab.source / "removed")
+    shutil.rmtree(lab.source / "replaced")
+    (lab.source / "replaced").write_bytes(b"a file")
+    progress = lab.run(request)
+
+    assert progress.status == "succeeded", progress
+    assert set(progress.changed) == set(names) - {"good"}
+    assert [member["path"] for member in lab.prove(request).members] == ["good"]
+
+
+def test_an_emptied_directory_may_be_a_lost_mount(lab: Lab) -> None:
+    """A disk mounted below the root leaves an empty directory when it goes: its files are waited for."""
+    lab.write("good", b"1")
+    lab.write("disk/a", b"1")
+    request = lab.request("disk/a")
+    (lab.source / "disk/a").unlink()
+    progress = lab.run(request)
+
+    assert progress.status == "failed" and progress.fault is not None and progress.fault.kind == "transient"
+    assert progress.changed == ()
+
+
+@pytest.mark.parametrize("size", [MIB // 2, 24 * MIB])
+def test_a_source_written_to_while_copied_with_its_time_put_back_is_read_again(lab: Lab, size: int) -> None:
+    """Size and mtime as before do not hide that a copy may be torn."""
+    lab.limit = size / 2
+    lab.write("a", noise(size))
+    state = os.stat(lab.source / "a")
+    request = lab.request("a")
+    handle = lab.action.start(request, None)
+    lab.wait(request, handle, lambda _: any(lab.there()))  # the source is open
+    with open(lab.source / "a", "r+b") as out:
+        out.write(b"changed")
+    os.utime(lab.source / "a", ns=(state.st_atime_ns, state.st_mtime_ns))
+    lab.limit = None
+    progress = lab.wait(request, handle)
+
+    assert progress.status == "failed" and progress.fault is not None and progress.fault.kind == "transient"
+    assert "a" not in lab.there() and progress.changed == ()  # the same version: nobody else would send it
 
 
 # ------------------------------------------------------------- disks that misbehave

@@ -135,21 +135,23 @@ def ours(name: bytes, owner: str) -> tuple[bytes, int] | None:
 class Source:
     """One file version, open for reading. Raises Changed when it is, or becomes, another version."""
 
-    def __init__(self, path: bytes, size: int, mtime_ns: int) -> None:
+    def __init__(self, path: bytes, size: int, mtime_ns: int, root: bytes) -> None:
         self.path = path
+        self.root = root or b"/"
+        self.first: os.stat_result | None = None
         self.size = size
         self.mtime_ns = mtime_ns
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
         try:
             self.fd = _open_quietly(path, flags)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise self._missing() from None
         except OSError as fault:
             if fault.errno in (errno.ELOOP, errno.ENXIO):
                 raise Changed("is no longer a regular file") from None
             raise at_source(fault, path) from fault
         try:
-            self.state = self.check()
+            self.state = self.first = self.check()
         except BaseException:
             os.close(self.fd)
             raise
@@ -157,14 +159,28 @@ class Source:
         self.gives_back = size > 0 and not (is_cached(self.fd, 0) or is_cached(self.fd, size - 1))
 
     def _missing(self) -> Changed | Trouble:
-        """Tell a file that is gone from a root that is lost: an empty or missing directory proves nothing."""
-        directory = self.path.rpartition(b"/")[0]
-        try:
-            with os.scandir(directory) as entries:
-                if any(True for _ in entries):
+        """Tell a file that is gone from a disk that is lost: an empty directory may be its mount point."""
+        gone = self.path
+        while True:
+            above = gone.rpartition(b"/")[0] or b"/"
+            is_root = len(above) <= len(self.root)
+            try:
+                with os.scandir(above) as entries:
+                    lists = any(True for _ in entries)
+                if not lists:
+                    break
+                state = os.lstat(gone)
+                if gone != self.path and stat.S_ISREG(state.st_mode):
+                    return Changed("is gone")  # a file stands where its directory was
+                return Trouble("transient", "file", f"cannot read {printable(self.path)}: it comes and goes")
+            except (FileNotFoundError, NotADirectoryError) as fault:
+                if fault.filename == gone:
                     return Changed("is gone")
-        except OSError as fault:
-            return at_source(fault, self.path)
+                if is_root:
+                    break
+                gone = above
+            except OSError as fault:
+                return at_source(fault, self.path)
         return Trouble("transient", "file", f"{printable(self.path)} is gone, and all beside it",
                        "is the watched directory mounted?")
 
@@ -179,6 +195,11 @@ class Source:
             raise Changed(f"had {self.size} bytes, has {state.st_size}")
         if state.st_mtime_ns != self.mtime_ns:
             raise Changed("was written again")
+        first = self.first or state
+        if (state.st_ctime_ns, state.st_ino) != (first.st_ctime_ns, first.st_ino):
+            # Written to, perhaps, and its time put back; or only its permissions changed. It is the same version
+            # still, so nobody else will send it: what was read is thrown away, and it is read again.
+            raise Trouble("transient", "file", f"{printable(self.path)} was touched while it was read")
         return state
 
     def fill(self, view: memoryview, offset: int, pace: Pace) -> None:

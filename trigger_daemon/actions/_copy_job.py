@@ -11,6 +11,7 @@ the other way round.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import stat
@@ -38,7 +39,7 @@ from trigger_daemon.actions._copy_files import (
     version_tag,
 )
 from trigger_daemon.actions._copy_pace import Cancelled, Pace
-from trigger_daemon.actions._copy_store import Proven, Store, inode_key
+from trigger_daemon.actions._copy_store import Proven, Store, Wrote, inode_key
 from trigger_daemon.actions._copy_sums import merge_sums
 from trigger_daemon.actions._copy_system import (
     MountWatch,
@@ -73,6 +74,10 @@ class File:
     mtime_ns: int
     source: bytes
 
+    def identity(self) -> bytes:
+        """Return what tells this file from all others, whichever version it has."""
+        return os.fsencode(self.root) + b"\0" + os.fsencode(self.path)
+
 
 @dataclass(slots=True)
 class Unit:
@@ -87,6 +92,7 @@ class Unit:
     inode: int = 0
     mtime_ns: int = 0
     how: str = ""
+    wrote: tuple[Wrote, ...] = ()  # what we wrote at the target, when it was looked at
 
 
 @dataclass(slots=True)
@@ -329,6 +335,7 @@ class Job:
         return wanted
 
     def _must_write(self, unit: Unit, group: Group) -> bool:
+        unit.wrote = self.store.wrote(unit.target)  # first: what comes into being after it is foreign
         there = _state(unit.target)
         known = self.proven.get((unit.file.index, unit.dest.index))
         if known:
@@ -364,7 +371,9 @@ class Job:
         return source is not None and (source.st_dev, source.st_ino) == (there.st_dev, there.st_ino)
 
     def _is_ours(self, unit: Unit, there: os.stat_result) -> bool:
-        return stat.S_ISREG(there.st_mode) and (there.st_size, there.st_mtime_ns) in self.store.wrote(unit.target)
+        """Tell whether we wrote what stands there, for this very source."""
+        return (stat.S_ISREG(there.st_mode)
+                and Wrote(there.st_size, there.st_mtime_ns, unit.file.identity()) in unit.wrote)
 
     def _is_earlier(self, unit: Unit, there: os.stat_result) -> bool:
         """Tell whether an earlier version stands there, written by us."""
@@ -379,6 +388,12 @@ class Job:
             return False
         if self._is_ours(unit, there) or (self.replace and not stat.S_ISDIR(there.st_mode)):
             return True
+        for size, mtime_ns, source in unit.wrote:
+            if (there.st_size, there.st_mtime_ns) == (size, mtime_ns) and source:
+                other, shown = printable(source.replace(b"\0", b"/")), printable(unit.target)
+                raise Trouble("person", "file", f"{shown} exists already, and was written for another source: {other}",
+                              f"{other} and {printable(unit.file.source)} both go to {shown}: give one another `to` or "
+                              "`layout` (or set `if_exists: replace`), then `trigger-daemon runs retry`")
         raise Trouble("person", "file", f"{printable(unit.target)} exists already, and is not what we wrote",
                       "move it away (or set `if_exists: replace`), then `trigger-daemon runs retry`")
 
@@ -386,7 +401,7 @@ class Job:
         """Read source and target, whole; record the proof if they are equal. Raises Changed, Trouble, OSError."""
         file, dest = unit.file, unit.dest
         self.pace.doing = "reading " + file.path
-        source = Source(file.source, file.size, file.mtime_ns)
+        source = Source(file.source, file.size, file.mtime_ns, os.fsencode(file.root))
         try:
             whole = self.make()
             for piece in source.pieces(self.pace):
@@ -422,7 +437,8 @@ class Job:
             "digest": f"{self.digest}:{unit.digest}", "to": os.fsdecode(unit.target), "to_inode": unit.inode,
             "to_mtime_ns": unit.mtime_ns, "read_back": unit.how, "attempt": self.attempt,
         }  # fmt: skip
-        return Proven(file.index, unit.dest.index, unit.target, unit.temp, unit.inode, file.size, unit.mtime_ns, record)
+        return Proven(file.index, unit.dest.index, unit.target, unit.temp, unit.inode, file.size, unit.mtime_ns, record,
+                      file.identity(), unit.wrote[0] if unit.wrote else None)
 
     def _prove_all(self) -> None:
         """Prove what stands there now: untouched since it was read back, or by reading both sides."""
@@ -453,7 +469,8 @@ class Job:
         """Return '' if the target is equal to the manifest's version, else what is wrong. Raises Changed and others."""
         there = _state(unit.target)
         if there is None:
-            Source(unit.file.source, unit.file.size, unit.file.mtime_ns).close()
+            file = unit.file
+            Source(file.source, file.size, file.mtime_ns, os.fsencode(file.root)).close()
             return "is missing"
         known = self.proven.get((unit.file.index, unit.dest.index))
         if known and (inode_key(there.st_ino), there.st_size, there.st_mtime_ns) == known[1:4]:
@@ -550,7 +567,7 @@ class Job:
         if not units:
             return
         self.pace.doing = "reading " + file.path
-        source = Source(file.source, file.size, file.mtime_ns)
+        source = Source(file.source, file.size, file.mtime_ns, os.fsencode(file.root))
         open_units: list[tuple[Unit, int]] = []
         try:
             whole = self.make()
@@ -689,8 +706,15 @@ class Job:
             return
         self.pace.doing = "recording proofs"
         fail_point("copy.verified")
-        self.store.prove(self.run_id, [self.proof(unit) for unit in units])
+        lost = self.store.prove(self.run_id, [self.proof(unit) for unit in units], replace=self.replace)
         fail_point("copy.proved")
+        for unit in units:
+            if (unit.file.index, unit.dest.index) in lost:
+                self.store.unprove(self.run_id, unit.file.index, unit.dest.index)
+                self._came_into_being(unit)
+        units = [unit for unit in units if unit.temp]
+        if not units:
+            return
         placed = [unit for unit in units if self._rename(unit)]
         fail_point("copy.renamed")
         fresh, self.fresh = self.fresh, set()
@@ -714,21 +738,34 @@ class Job:
         self.pace.doing = "renaming to " + printable(unit.target)
         try:
             if unit.replaces:
+                there = None if self.replace else _state(unit.target)
+                if there and not self._is_ours(unit, there):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
                 os.rename(unit.temp, unit.target)
             else:
                 rename_new(unit.temp, unit.target)
         except OSError as fault:
-            self.store.unprove(self.run_id, unit.file.index, unit.dest.index)
-            self._unlink([unit.temp])
+            self.store.not_placed(self.run_id, self.proof(unit))
             if isinstance(fault, FileExistsError):
-                self.troubles.append(Trouble(
-                    "transient", "file", f"{printable(unit.target)} came into being while it was copied",
-                    "who else writes there?",
-                ))  # fmt: skip
+                self._came_into_being(unit)
             else:
+                self._unlink([unit.temp])
                 self.note_at(unit.dest, fault, "rename to", unit.target)
             return False
         return True
+
+    def _came_into_being(self, unit: Unit) -> None:
+        """Look once more at a target that another took meanwhile: it may be equal, or is foreign."""
+        self._unlink([unit.temp])
+        unit.temp = b""
+        self.proven.pop((unit.file.index, unit.dest.index), None)
+        if not self.second:
+            self.redo[unit.file.index] = unit.file
+            return
+        self.troubles.append(Trouble(
+            "transient", "file", f"{printable(unit.target)} came into being while it was copied",
+            "who else writes there?",
+        ))  # fmt: skip
 
     # ------------------------------------------------------------------------ sums
 

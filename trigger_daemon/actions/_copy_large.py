@@ -52,7 +52,8 @@ class Sink:
         self.job = job
         self.unit = unit
         self.key = (job.run_id, unit.file.index, unit.dest.index)
-        self.version = version_tag(unit.file.size, unit.file.mtime_ns, f"{job.digest}/{job.segment_bytes}")
+        way = f"{job.digest}/{job.segment_bytes}/{source.state.st_ctime_ns}"
+        self.version = version_tag(unit.file.size, unit.file.mtime_ns, way)
         self.blocks: list[bytes] = []
         self.direct = False
         self.back_direct = unit.dest.direct
@@ -240,7 +241,7 @@ def copy_large(job: Job, file: File, units: Sequence[Unit]) -> None:
     if not units:
         return
     job.pace.doing = "reading " + file.path
-    source = Source(file.source, file.size, file.mtime_ns)
+    source = Source(file.source, file.size, file.mtime_ns, os.fsencode(file.root))
     sinks: list[Sink] = []
     placed: list[Unit] = []
     try:

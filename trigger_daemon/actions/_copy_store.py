@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-WROTE_MAX = 5_000_000  # targets known to be ours, some 50 bytes each; the oldest are forgotten
+WROTE_MAX = 5_000_000  # targets known to be ours, some 200 bytes each; the oldest are forgotten
 PROOFS_MAX = 1_000_000  # proofs not yet taken by the journal; older ones are made again when asked for
 BUSY_S = 20.0  # longest wait for another worker's commit
 
@@ -39,11 +39,20 @@ CREATE TABLE IF NOT EXISTS segment (
     run INTEGER, file INTEGER, dest INTEGER, number INTEGER, blocks BLOB NOT NULL,
     PRIMARY KEY (run, file, dest, number)) WITHOUT ROWID;
 -- The last two things we wrote at a target (hash of its path), as the file system showed them: two, because
--- the last is recorded before its rename, and a crash between leaves the one before.
+-- the last is recorded before its rename, and a crash between leaves the one before. `source` is the root and the
+-- path below it, NULL in rows of earlier versions: what another source was written to is not ours to replace.
 CREATE TABLE IF NOT EXISTS wrote (
     target INTEGER PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-    before_size INTEGER, before_mtime_ns INTEGER, day INTEGER NOT NULL);
+    before_size INTEGER, before_mtime_ns INTEGER, day INTEGER NOT NULL, source BLOB, before_source BLOB);
 """
+
+
+class Wrote(NamedTuple):
+    """One thing that we wrote at a target."""
+
+    size: int
+    mtime_ns: int
+    source: bytes | None  # None: not known
 
 
 class Proven(NamedTuple):
@@ -57,6 +66,8 @@ class Proven(NamedTuple):
     size: int
     mtime_ns: int
     record: dict[str, Any]
+    source: bytes = b""  # root, NUL, path below it
+    seen: Wrote | None = None  # what was last written at the target when it was decided that it may be
 
 
 class Part(NamedTuple):
@@ -85,6 +96,9 @@ class Store:
         self._db.execute("PRAGMA synchronous=FULL")
         if make:
             self._db.executescript(SCHEMA)
+            known = {row[1] for row in self._db.execute("PRAGMA table_info(wrote)")}
+            for column in {"source", "before_source"} - known:  # a file of an earlier version
+                self._db.execute(f"ALTER TABLE wrote ADD COLUMN {column} BLOB")
             self._db.execute("INSERT OR IGNORE INTO meta VALUES ('owner', ?)", (os.urandom(3).hex(),))
             self.thin()
 
@@ -106,26 +120,56 @@ class Store:
 
     # ------------------------------------------------------------------ workers
 
-    def prove(self, run: int, rows: Sequence[Proven]) -> None:
-        """Record proofs, durably, and that the targets are ours."""
+    def prove(self, run: int, rows: Sequence[Proven], *, replace: bool = False) -> set[tuple[int, int]]:
+        """Record proofs, durably, and that the targets are ours.
+
+        Return (file, dest) of those left out: another source was written to the
+        target since it was looked at. Who records first may rename.
+        """
         day = int(time.time() // 86_400)
+        lost: set[tuple[int, int]] = set()
         with self._commit() as db:
+            if not replace:
+                for row in rows:
+                    last = self._wrote(row.target)[:1] if row.temp else ()
+                    if last and last[0] != row.seen and last[0].source != row.source:
+                        lost.add((row.file, row.dest))
+            rows = [row for row in rows if (row.file, row.dest) not in lost]
             db.executemany(
                 "INSERT OR REPLACE INTO proof VALUES (?,?,?,?,?,?,?,?)",
                 [(run, r.file, r.dest, r.temp, inode_key(r.inode), r.size, r.mtime_ns, json.dumps(r.record))
                  for r in rows],
             )
             db.executemany(
-                "INSERT INTO wrote VALUES (?1, ?2, ?3, NULL, NULL, ?4) ON CONFLICT (target) DO UPDATE SET"
-                " before_size = size, before_mtime_ns = mtime_ns, size = ?2, mtime_ns = ?3, day = ?4"
-                " WHERE size <> ?2 OR mtime_ns <> ?3",
-                [(target_key(r.target), r.size, r.mtime_ns, day) for r in rows if r.temp],
+                "INSERT INTO wrote (target, size, mtime_ns, day, source) VALUES (?1, ?2, ?3, ?4, ?5)"
+                " ON CONFLICT (target) DO UPDATE SET before_size = size, before_mtime_ns = mtime_ns,"
+                " before_source = source, size = ?2, mtime_ns = ?3, day = ?4, source = ?5"
+                " WHERE size <> ?2 OR mtime_ns <> ?3 OR source IS NOT ?5",
+                [(target_key(r.target), r.size, r.mtime_ns, day, r.source) for r in rows if r.temp],
             )
+        return lost
 
     def unprove(self, run: int, file: int, dest: int) -> None:
-        """Take a proof back: its file could not be put in place."""
+        """Take a proof back."""
         with self._commit() as db:
             db.execute("DELETE FROM proof WHERE run = ? AND file = ? AND dest = ?", (run, file, dest))
+
+    def not_placed(self, run: int, row: Proven) -> None:
+        """Take back a proof whose file could not be put in place, and that it was written there."""
+        with self._commit() as db:
+            db.execute("DELETE FROM proof WHERE run = ? AND file = ? AND dest = ?", (run, row.file, row.dest))
+            ours = (target_key(row.target), row.size, row.mtime_ns, row.source)
+            db.execute(
+                "UPDATE wrote SET before_size = NULL, before_mtime_ns = NULL, before_source = NULL"
+                " WHERE target = ? AND before_size = ? AND before_mtime_ns = ? AND before_source IS ?", ours
+            )
+            last = " WHERE target = ? AND size = ? AND mtime_ns = ? AND source IS ?"
+            db.execute(
+                "UPDATE wrote SET size = before_size, mtime_ns = before_mtime_ns, source = before_source,"
+                f" before_size = NULL, before_mtime_ns = NULL, before_source = NULL{last} AND before_size IS NOT NULL",
+                ours,
+            )
+            db.execute(f"DELETE FROM wrote{last}", ours)
 
     def proofs(self, run: int) -> dict[tuple[int, int], tuple[bytes, int, int, int, dict[str, Any]]]:
         """Return (file, dest) -> temp, inode, size, mtime_ns, record."""
@@ -145,13 +189,19 @@ class Store:
             rows = self._db.execute("SELECT file, path, why FROM changed WHERE run = ?", (run,)).fetchall()
         return {row[0]: (json.loads(row[1]), row[2]) for row in rows}
 
-    def wrote(self, target: bytes) -> tuple[tuple[int, int], ...]:
-        """Return size and mtime_ns of what we last put at a target, and of what we put there before."""
+    def wrote(self, target: bytes) -> tuple[Wrote, ...]:
+        """Return what we last put at a target, and what we put there before."""
         with self._lock:
-            row = self._db.execute(
-                "SELECT size, mtime_ns, before_size, before_mtime_ns FROM wrote WHERE target = ?", (target_key(target),)
-            ).fetchone()
-        return ((row[0], row[1]), (row[2], row[3])) if row else ()
+            return self._wrote(target)
+
+    def _wrote(self, target: bytes) -> tuple[Wrote, ...]:
+        row = self._db.execute(
+            "SELECT size, mtime_ns, source, before_size, before_mtime_ns, before_source FROM wrote WHERE target = ?",
+            (target_key(target),),
+        ).fetchone()
+        if row is None:
+            return ()
+        return (Wrote(*row[:3]),) if row[3] is None else (Wrote(*row[:3]), Wrote(*row[3:]))
 
     def begin_part(self, run: int, file: int, dest: int, temp: bytes, version: str) -> None:
         with self._commit() as db:
