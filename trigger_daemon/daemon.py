@@ -426,7 +426,6 @@ class Life:
         parsed = config.parse_rules([(item["file"], item["text"]) for item in source or ()])
         rules = () if parsed.faults else parsed.rules
         self.inbox.post(self._offer(rules, list(source or ())))
-        self._accepted = source
 
     def _offer_rules(self, *, force: bool = False) -> None:
         """Read the rule files again if they changed, and were seen so twice: an editor may be in the middle."""
