@@ -516,7 +516,7 @@ def test_a_check_is_a_drop_in_file(check: ModuleType, tmp_path: Path) -> None:
     state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
     name = check.__name__.rpartition(".")[2]
     defaults = {option: spec.default for option, spec in check.OPTIONS.items()}
-    outcome, why, needs = run_checks(path.as_posix(), state, ((name, defaults),), {}, {name: check}.__getitem__)
+    outcome, why, needs, *_ = run_checks(path.as_posix(), state, ((name, defaults),), {}, {name: check}.__getitem__)
 
     assert outcome is not Verdict.COMPLETE
     assert "failed" not in why

@@ -31,7 +31,7 @@ class Onlooker:
         if self.path.exists():
             with Probe(self.path) as probe:
                 state = probe.state()
-            verdict, why, _ = run_checks(self.path, state, ((self.check, self.options),), {}, CHECKS.__getitem__)
+            verdict, why, *_ = run_checks(self.path, state, ((self.check, self.options),), {}, CHECKS.__getitem__)
             self.seen.append((verdict, why, self.path.read_bytes()))
 
     def premature(self, whole: bytes) -> list[str]:
@@ -159,7 +159,7 @@ def test_what_arrives_is_what_the_checks_call_complete(written: list[simulator.W
         with Probe(item.path) as probe:
             state = probe.state()
         check = item.path.suffix[1:]
-        verdict, why, _ = run_checks(item.path, state, ((check, options[check]),), {}, CHECKS.__getitem__)
+        verdict, why, *_ = run_checks(item.path, state, ((check, options[check]),), {}, CHECKS.__getitem__)
         whole = "writer stopped" not in item.odd or item.kind != "movie"
         assert (verdict is Verdict.COMPLETE) is whole, (item, why)
     movies = [item for item in written if item.kind == "movie"]

@@ -194,7 +194,9 @@ class Executor:
                 return known
         kept: Mapping[str, Any] = self._journal.request(run)
         members = self._journal.manifest(run)
-        files = tuple(actions.File(self._root_path(m.root), m.path, m.size, m.mtime_ns, m.role) for m in members)
+        files = tuple(
+            actions.File(self._root_path(m.root), m.path, m.size, m.mtime_ns, m.role, m.content) for m in members
+        )
         options = dict(kept["options"])
         limit = kept.get("bandwidth")
         if limit is not None and "bandwidth" in options:
@@ -335,21 +337,28 @@ class Executor:
             os.path.relpath(p, here) if r == effect.root else os.path.basename(p): os.path.join(self._root_path(r), p)
             for r, p in effect.companions
         }
-        needs: tuple[str, ...] = ()
         try:
-            verdict, why, needs = probe.run_checks(path, effect.state, effect.checks, companions, registry.find_check)
+            judged = probe.run_checks(
+                path, effect.state, effect.checks, companions, registry.find_check, effect.siblings
+            )
         except probe.Changed:
-            verdict, why = Verdict.INCOMPLETE, "it changed while it was being checked"
+            judged = probe.Judged(Verdict.INCOMPLETE, "it changed while it was being checked")
         except OSError as error:
-            verdict, why = Verdict.INCOMPLETE, f"it could not be read: {error.strerror}"
-        self._checked(effect, verdict, why, needs)
+            judged = probe.Judged(Verdict.INCOMPLETE, f"it could not be read: {error.strerror}")
+        self._checked(effect, judged)
 
     def _check_late(self, effect: model.Check) -> None:
-        self._checked(effect, Verdict.INCOMPLETE, f"its checks had no answer within {CHECK_DEADLINE_S:g} s", ())
+        why = f"its checks had no answer within {CHECK_DEADLINE_S:g} s"
+        self._checked(effect, probe.Judged(Verdict.INCOMPLETE, why))
 
-    def _checked(self, effect: model.Check, verdict: Verdict, why: str, needs: tuple[str, ...]) -> None:
+    def _checked(self, effect: model.Check, judged: probe.Judged) -> None:
+        verdict, why, needs, measures, content = judged
         at = self._clock.monotonic()
-        self._post(model.Checked(effect.rule, effect.root, effect.path, effect.state, verdict, why, at, needs))
+        self._post(
+            model.Checked(
+                effect.rule, effect.root, effect.path, effect.state, verdict, why, at, needs, measures, content
+            )
+        )
 
 
 T = TypeVar("T")

@@ -96,7 +96,7 @@ T = TypeVar("T")
 Claims = dict[str, list[tuple[int, int, int, int]]]
 
 
-_MEMBER = operator.attrgetter("root", "dir", "name", "size", "mtime_ns", "role", "flag")
+_MEMBER = operator.attrgetter("root", "dir", "name", "size", "mtime_ns", "role", "flag", "content")
 
 
 class RootIdentity(NamedTuple):
@@ -688,10 +688,10 @@ class _Writer:
         claims = self._claims
         last_root, last_dir, dir_id, head = -1, "", 0, ""
         # The hot path: one loop, no call per file that is not C. A line is what to_json would write.
-        for root, directory, name, size, mtime_ns, role, flag in map(_MEMBER, record.members):
+        for root, directory, name, size, mtime_ns, role, flag, content in map(_MEMBER, record.members):
             if directory != last_dir or root != last_root:
                 last_root, last_dir, dir_id, head = root, directory, 0, f"[{root},{quoted(directory)},"
-            tail = f"{quoted(role)},{quoted(flag)}]" if role or flag else '"",""]'
+            tail = '"",""]' if not (role or flag or content) else f"{quoted(role)},{quoted(flag)},{quoted(content)}]"
             manifest.append(f"{head}{quoted(name)},{size},{mtime_ns},{tail}")
             dir_id = dir_id or self._dir(root, directory)
             version = mtime_ns if -(2**63) <= mtime_ns < 2**63 else to_number(mtime_ns)

@@ -58,7 +58,7 @@ CREATE TABLE batch (
     files       INTEGER NOT NULL,
     bytes       INTEGER NOT NULL,
     request     TEXT,                      -- JSON: action, options rendered for this batch, captures
-    manifest    TEXT                       -- JSON: [[root, dir, name, size, mtime_ns, role, flag], ...]
+    manifest    TEXT                       -- JSON: [[root, dir, name, size, mtime_ns, role, flag, content], ...]
 );
 CREATE INDEX batch_whole ON batch (closed_time) WHERE manifest IS NOT NULL;  -- what thinning looks through
 

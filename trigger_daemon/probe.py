@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+from trigger_daemon import mounts
 from trigger_daemon.core.model import State, Verdict
 from trigger_daemon.errors import TriggerError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no leases
+    fcntl = None  # type: ignore[assignment]
 
 BYTES_MAX = 16 * 2**20  # a whole detector frame for its MD5; a structural check needs well below 1 MiB
 READS_MAX = 4_096  # a movie of one directory a frame costs a read each; 1,000 frames are usual for EER
@@ -70,6 +78,7 @@ class Probe:
     ) -> None:
         self.path = os.fsencode(path)
         self.name = os.fsdecode(os.path.basename(self.path))
+        self.siblings: Sequence[int] = ()
         self.bytes_read = 0
         self.reads = 0
         self._bytes_max = bytes_max
@@ -106,6 +115,18 @@ class Probe:
             offset += len(part)
             length -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def writers(self) -> bool | None:
+        """Say whether a program has the file open for writing; None where that cannot be told.
+
+        By a read lease (Linux, local file systems, own files or CAP_LEASE),
+        given back at once. A program that opens the file for writing within
+        these microseconds waits for it, and one that opens it without
+        blocking is refused.
+        """
+        if self._fd < 0:
+            self._open()
+        return _leased(self._fd, self.path)
 
     def state(self) -> State:
         """Return size, mtime_ns, ctime_ns and inode of the open file, now."""
@@ -209,33 +230,44 @@ class Companions(Mapping[str, Probe]):
             probe.close()
 
 
+class Judged(NamedTuple):
+    """What the checks of one file say together: the worst verdict and why, and what came with it (checks.Outcome)."""
+
+    verdict: Verdict
+    why: str
+    needs: tuple[str, ...] = ()
+    measures: tuple[tuple[str, int], ...] = ()  # check -> its measure
+    content: str = ""
+
+
 def run_checks(
     path: PathName,
     expected_state: State,
     checks: Sequence[tuple[str, Mapping[str, Any]]],
     companions: Mapping[str, PathName],
     find_check: Callable[[str], Any],
-) -> tuple[Verdict, str, tuple[str, ...]]:
+    siblings: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
+) -> Judged:
     """Run a file's checks and return the worst verdict, why, and the names that checks need besides.
 
-    `path` and the values of `companions` are absolute; the keys of
-    `companions` are what a check calls them by: names relative to the file's
-    directory. A check that fails is `unknown`, and its why names the check and
-    the error; an unknown name of a check likewise. The first `incomplete` is
+    `siblings`: what each check measured of the last files. `path` and the
+    values of `companions` are absolute; the keys of `companions` are what a
+    check calls them by: names relative to the file's directory. A check that
+    fails is `suspect`, and its why names the check and the error; an unknown
+    name of a check likewise; one that would read beyond its budget is
+    `unknown`. The first `incomplete` is
     proof and ends the run. Raises Changed (state is not `expected_state`
     before and after, for the file and every companion that was read) and
     CannotRead; both mean that there is no verdict.
     """
     others = Companions(companions)
-    said: list[tuple[Verdict, str]] = []
-    needs: dict[str, None] = {}
+    said: list[Judged] = []
     with Probe(path, expected=expected_state) as probe:
         try:
             for name, options in checks:
-                verdict, why, wanted = _run(name, options, probe, others, find_check)
-                said.append((verdict, why))
-                needs.update(dict.fromkeys(wanted))
-                if verdict is Verdict.INCOMPLETE:
+                probe.siblings = siblings.get(name, ())
+                said.append(_run(name, options, probe, others, find_check))
+                if said[-1].verdict is Verdict.INCOMPLETE and not said[-1].needs:
                     break
         finally:
             probe.close()
@@ -243,24 +275,32 @@ def run_checks(
         probe.recheck()
         others.recheck()
     if not said:
-        return Verdict.UNKNOWN, "no check is asked for", ()
-    worst = max((verdict for verdict, _ in said), key=ORDER.index)
-    whys = dict.fromkeys(why for verdict, why in said if verdict is worst and why)
-    return worst, "; ".join(whys)[:WHY_MAX], tuple(needs)
+        return Judged(Verdict.UNKNOWN, "no check is asked for")
+    worst = max((one.verdict for one in said), key=ORDER.index)
+    whys = dict.fromkeys(one.why for one in said if one.verdict is worst and one.why)
+    return Judged(
+        worst,
+        "; ".join(whys)[:WHY_MAX],
+        tuple(dict.fromkeys(name for one in said for name in one.needs)),
+        tuple(pair for one in said for pair in one.measures),
+        next((one.content for one in said if one.content), ""),
+    )
 
 
 def _run(
     name: str, options: Mapping[str, Any], probe: Probe, others: Companions, find_check: Callable[[str], Any]
-) -> tuple[Verdict, str, tuple[str, ...]]:
+) -> Judged:
     try:
         outcome = find_check(name).check(probe, options, others)
-        return Verdict(outcome.verdict), str(outcome.why), _needs(outcome.needs)
+        measures = () if outcome.measure is None else ((name, int(outcome.measure)),)
+        needs = _needs(outcome.needs)
+        return Judged(Verdict(outcome.verdict), str(outcome.why), needs, measures, str(outcome.content))
     except (Changed, CannotRead):
         raise
     except TooMuch as error:
-        return Verdict.UNKNOWN, f"check {name} gave up: {error.message}", ()
+        return Judged(Verdict.UNKNOWN, f"check {name} gave up: {error.message}")
     except Exception as error:  # noqa: BLE001 - a mistake in somebody's check must not stop the others, nor pass a file
-        return Verdict.UNKNOWN, f"check {name} failed: {type(error).__name__}: {error}"[:WHY_MAX], ()
+        return Judged(Verdict.SUSPECT, f"check {name} failed: {type(error).__name__}: {error}"[:WHY_MAX])
     finally:
         probe.close()
         others.close()
@@ -279,3 +319,21 @@ def _needs(names: Sequence[str]) -> tuple[str, ...]:
 
 def _state(found: os.stat_result) -> State:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+_SET_SIGNAL = getattr(fcntl, "F_SETSIG", 10)  # known to the module from Python 3.14 on
+
+
+def _leased(fd: int, path: bytes) -> bool | None:
+    """Take a read lease and give it back: refused with EAGAIN while any descriptor or map can write to the file."""
+    mount = mounts.mount_of(os.path.realpath(path)) if hasattr(fcntl, "F_SETLEASE") else None
+    if mount is None or mounts.remote(mount.fstype):
+        return None  # other hosts' writers are not seen, and some servers refuse every lease
+    try:
+        # Whoever breaks the lease sends a signal: SIGIO would end this process, SIGURG is ignored by default.
+        fcntl.fcntl(fd, _SET_SIGNAL, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return True if error.errno == errno.EAGAIN else None
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False

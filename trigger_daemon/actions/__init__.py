@@ -25,7 +25,8 @@ class File:
     """One file version of the manifest. `root` is the absolute directory, `path` is below it.
 
     Both are str with surrogate escapes (use os.fsencode). `role`: '' the file
-    itself, companion, shared.
+    itself, companion, shared. `content`: '' or the digest of a part that the
+    file carries itself, `md5:HEX:OFFSET:LENGTH`.
     """
 
     root: str
@@ -33,6 +34,7 @@ class File:
     size: int
     mtime_ns: int
     role: str = ""
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import ntpath
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -303,12 +303,16 @@ def leaf(value: Value, option: Option) -> Any:
     match option.kind:
         case "text":
             return value.text()
+        case "int" | "duration" if value.kind == "text" and value.node.value in option.choices:
+            return str(value.node.value)
+        case "int" if option.choices and value.kind == "text":
+            value.bad(f"`{value.key}` cannot be {value.words()}", f"write a number, or {' or '.join(option.choices)}")
         case "int":
             return value.integer(option.minimum)
+        case "percent":
+            return value.quantity(grammar.percentage, "%", "percentage")
         case "bool":
             return value.boolean()
-        case "duration" if value.kind == "text" and value.node.value in option.choices:
-            return str(value.node.value)
         case "duration":
             return value.quantity(grammar.duration_s, "s", "duration")
         case "size":
@@ -392,7 +396,12 @@ def _checks(value: Value) -> tuple[CheckSpec, ...]:
 
 def _check(value: Value) -> CheckSpec:
     name, place, given = _one_of(value, "check")
-    options = _options(place, given, _find_check(place, name).OPTIONS, f"the check {name}")
+    check = _find_check(place, name)
+    before = len(value.source.faults)
+    options = _options(place, given, check.OPTIONS, f"the check {name}")
+    judge = getattr(check, "check_options", None)
+    if judge is not None and len(value.source.faults) == before:
+        _ask_about(judge, options, given or place)
     return name, options.values
 
 
@@ -596,7 +605,7 @@ def _start(read: Read) -> tuple[type[Any] | None, str, Read | None]:
         options = _options(place, given, action.OPTIONS, f"the action {name}")
         options.whole = len(value.source.faults) == before
         if options.whole:
-            _ask_action(action, options, given or place)
+            _ask_about(bare(action).check, options, given or place)
         return action, name, options
     except Bad as bad:
         value.source.add(bad.fault)
@@ -617,10 +626,10 @@ def bare(action: type[Any]) -> Any:
     return object.__new__(action)
 
 
-def _ask_action(action: type[Any], options: Read, place: Value) -> None:
-    """Let the action judge its options together."""
+def _ask_about(judge: Callable[[Mapping[str, Any]], None], options: Read, place: Value) -> None:
+    """Let an action or a check judge its options together."""
     try:
-        bare(action).check(options.values)
+        judge(options.values)
     except OptionFault as fault:
         options.places.get(fault.option, place).add(
             f"`{fault.option}`: {fault.message}" if fault.option else fault.message, fault.hint,

@@ -17,6 +17,7 @@ _SIZES = "|".join(SIZE_UNITS)
 _QUANTITIES = {
     "duration": rf"^\s*{_NUMBER}\s*(ms|s|m|h|d)\s*$",
     "size": rf"^\s*{_NUMBER}\s*({_SIZES})\s*$",
+    "percent": rf"^\s*{_NUMBER}\s*%\s*$",
     "rate": rf"^\s*{_NUMBER}\s*({_SIZES}|{'|'.join(BIT_UNITS)})/s\s*$",
 }
 _TEXT: Schema = {"type": ["string", "number"]}  # a number is taken as it is written
@@ -77,9 +78,13 @@ def _option(option: Option) -> Schema:
             shape = _TEXT
         case "int":
             shape = {"type": "integer"}
+            if option.minimum is not None:
+                shape["minimum"] = option.minimum
+            if option.choices:
+                shape = {"anyOf": [shape, {"enum": list(option.choices)}]}
         case "bool":
             shape = {"type": "boolean"}
-        case "duration" | "size" | "rate":
+        case "duration" | "size" | "rate" | "percent":
             shape = {"type": "string", "pattern": _QUANTITIES[option.kind]}
             if option.choices:
                 shape = {"anyOf": [shape, {"enum": list(option.choices)}]}
@@ -91,8 +96,6 @@ def _option(option: Option) -> Schema:
             shape = _one_or_many({"type": "integer"})
         case "map":
             shape = {"type": ["object", "null"]}
-    if option.minimum is not None and option.kind == "int":
-        shape = {**shape, "minimum": option.minimum}
     if option.template and option.kind in ("int", "ints"):
         shape = {"anyOf": [shape, {"type": "string", "pattern": r"^\{\w+\|int\}$"}]}
     if option.default is None and not option.required and option.kind != "map":

@@ -21,9 +21,10 @@ BIT_UNITS = {"bit": 1, "kbit": 10**3, "Mbit": 10**6, "Gbit": 10**9, "Tbit": 10**
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _DURATION = re.compile(rf"{_NUMBER}\s*(ms|s|m|h|d)")
 _SIZE = re.compile(rf"{_NUMBER}\s*({'|'.join(SIZE_UNITS)})")
+_PERCENT = re.compile(rf"{_NUMBER}\s*%")
 _RATE = re.compile(rf"{_NUMBER}\s*({'|'.join([*SIZE_UNITS, *BIT_UNITS])})/s")
 
-Kind = Literal["text", "int", "bool", "size", "rate", "duration", "enum", "texts", "ints", "map"]
+Kind = Literal["text", "int", "bool", "size", "rate", "duration", "percent", "enum", "texts", "ints", "map"]
 
 
 def duration_s(text: str) -> float:
@@ -52,15 +53,23 @@ def rate_bytes_per_s(text: str) -> int:
     return round(float(found[1]) * factor)
 
 
+def percentage(text: str) -> float:
+    """Return the ratio for `5%`; raise ValueError with what was expected."""
+    found = _PERCENT.fullmatch(text.strip())
+    if not found:
+        raise ValueError(f"{text!r} is not a percentage; write for example 5%")
+    return float(found[1]) / 100
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option of an action or a check.
 
-    `kind` text, int, bool, size (bytes), rate (bytes/s), duration (s), enum
-    (one of `choices`), texts (one string or a list of strings), ints (one
-    number or a list), map (string keys, any values). `template`: strings in it
-    may hold {captures}. `null` is accepted where `default` is None and the
-    option is not required.
+    `kind` text, int, bool, size (bytes), rate (bytes/s), duration (s), percent
+    (a ratio), enum (one of `choices`; int and duration take these words, too),
+    texts (one string or a list of strings), ints (one number or a list), map
+    (string keys, any values). `template`: strings in it may hold {captures}.
+    `null` is accepted where `default` is None and the option is not required.
     """
 
     kind: Kind

@@ -188,6 +188,8 @@ class Checked:
     why: str
     at: float
     needs: tuple[str, ...] = ()  # names, relative to the file's directory
+    measures: tuple[tuple[str, int], ...] = ()  # check -> what it measured, for comparison with siblings
+    content: str = ""  # digest of a part, from the file itself: md5:HEX:OFFSET:LENGTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +362,12 @@ Fact = (
 
 
 class Member(NamedTuple):
-    """One file version in a batch. `role`: '' the file itself, companion, shared; `flag`: '' or suspect."""
+    """One file version in a batch.
+
+    `role`: '' the file itself, companion, shared; `flag`: '' or suspect;
+    `content`: '' or the digest of a part that the file carries itself,
+    `md5:HEX:OFFSET:LENGTH`.
+    """
 
     root: int
     dir: str
@@ -369,6 +376,7 @@ class Member(NamedTuple):
     mtime_ns: int
     role: str = ""
     flag: str = ""
+    content: str = ""
 
     @property
     def path(self) -> str:
@@ -610,6 +618,7 @@ class Check:
     state: State
     checks: tuple[tuple[str, Mapping[str, Any]], ...]
     companions: tuple[tuple[int, str], ...] = ()  # (root, path)
+    siblings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # check -> measures of the last files
 
 
 @dataclass(frozen=True, slots=True)
