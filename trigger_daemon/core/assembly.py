@@ -24,12 +24,23 @@ from trigger_daemon.core.model import (
     Effect,
     GroupForgotten,
     GroupSet,
+    Kept,
     Look,
     State,
     Sweep,
     counted,
 )
-from trigger_daemon.core.settle import BATCHED, CLOSING, COMPLETE, NO_STATE, SETTLING, Companion, Member, Settling
+from trigger_daemon.core.settle import (
+    BATCHED,
+    CLOSING,
+    COMPLETE,
+    NO_STATE,
+    SETTLING,
+    Companion,
+    Member,
+    Settling,
+    Siblings,
+)
 
 if TYPE_CHECKING:
     from trigger_daemon.core.rules import Batch, Rule
@@ -41,6 +52,9 @@ BATCH_FILES_MAX = 100_000  # a batch closes at this size whatever its rule says:
 CARRIED_MAX = 10_000  # marker paths whose last batch is remembered
 LAST_SEEN_MAX = 10_000  # groups whose last file is remembered to the second before idle ones are let go
 MARK_SHARE = 20  # a group's durable mark is at most this share of `new_group_after` older than its last file
+
+LATE = "late"  # kind of the mark of a companion that a file went without
+SIBLINGS = "siblings:"  # what a rule's checks measured of the last files is kept under this and its number
 
 _MARKER_SEEN = float("inf")  # an included marker is never looked at again for its batch: as a marker it is
 
@@ -97,6 +111,7 @@ class Assembly:
         marks: dict[tuple[int, str, str], tuple[int, float]],
         utc: Callable[[float], float],
         next_ask: Callable[[], int],
+        siblings: Siblings,
     ) -> None:
         self.rule = rule
         self.root = root
@@ -118,6 +133,7 @@ class Assembly:
         self._follows = follows
         self._next_ask = next_ask
         self._last_seen: dict[Group, float] = {}  # for new_group_after
+        self._owed_as: dict[Companion, str] = {}  # late companions -> their durable mark
         self._carried: dict[str, int] = {}  # path of an included marker -> the last batch that it went with
         spec = rule.batch
         self.spec: Batch | None = spec
@@ -141,6 +157,9 @@ class Assembly:
             on_stalled=self._stall,
             on_companion=self._companion_seen,
             on_late=self._late,
+            on_owed=self._owed,
+            on_measured=self._measured,
+            siblings=siblings,
             since=since,
         )
         self.markers: Settling | None = None
@@ -163,6 +182,9 @@ class Assembly:
                 on_stalled=lambda m, at: None,
                 on_companion=lambda c, at: None,
                 on_late=lambda c, m, at: None,
+                on_owed=lambda c, m: None,
+                on_measured=lambda: None,
+                siblings={},
                 since=since,
             )
 
@@ -411,6 +433,32 @@ class Assembly:
         captures = self.named(self.group_of(member)) if self.spec else self.captures(member)
         reason = f"late companion of {member.path}, which batch {member.batch} took"
         self._close_late(self, companion_record(companion), captures, reason, at)
+
+    def _owed(self, companion: Companion, member: Member | None) -> None:
+        """Remember over a restart that a companion is looked for, and for whose sake."""
+        if member is not None:
+            assert companion.spec is not None
+            owed = json.dumps([companion.spec.root, companion.path, companion.spec.file, member.path])
+            self._owed_as[companion] = owed
+            self._mark(owed, LATE, member.batch, member.seen)
+        elif owed := self._owed_as.pop(companion, ""):
+            del self.marks[(self.rule.id, owed, LATE)]
+            self.out.append(GroupForgotten(self.rule.id, owed, LATE))
+
+    def take_owed(self, owed: str, batch: int, at: float) -> None:
+        """Go on to look for a companion that was late before a restart; a rule that wants it no more forgets it."""
+        where, path, file, of = json.loads(owed)
+        spec = next((w for w in self.rule.complete.companions if (w.file, w.root) == (file, where)), None)
+        root = self.settling.roots.get(where)
+        if spec is None or root is None:
+            del self.marks[(self.rule.id, owed, LATE)]
+            self.out.append(GroupForgotten(self.rule.id, owed, LATE))
+            return
+        self._owed_as[self.settling.owe(spec, root, path, of, batch, at)] = owed
+
+    def _measured(self) -> None:
+        kept = {check: list(of.items()) for check, of in self.settling.siblings.items()}
+        self.out.append(Kept(f"{SIBLINGS}{self.rule.id}", kept))
 
     def _all_answered(self, open_: Open, at: float) -> None:
         """Every look came back. Count conditions must still hold without those that changed."""
@@ -699,7 +747,9 @@ class Assembly:
 
 def record_of(assembly: Assembly, member: Member) -> model.Member:
     """Return a file as its batch's manifest keeps it."""
-    return model.Member(assembly.root, member.dir, member.name, member.state[0], member.state[1], "", member.flag)
+    return model.Member(
+        assembly.root, member.dir, member.name, member.state[0], member.state[1], "", member.flag, member.content
+    )
 
 
 def companion_records(member: Member) -> list[model.Member]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from trigger_daemon.core import model, patterns
 from trigger_daemon.core.alarms import Alarms
-from trigger_daemon.core.assembly import Assembly, canonical, companion_records, record_of
+from trigger_daemon.core.assembly import LATE, SIBLINGS, Assembly, canonical, companion_records, record_of
 from trigger_daemon.core.model import (
     CLAIM_BASELINE,
     Answer,
@@ -76,6 +76,7 @@ from trigger_daemon.core.settle import (
     SUSPECT,
     Member,
     Settling,
+    Siblings,
 )
 from trigger_daemon.core.timers import Timers
 
@@ -178,6 +179,7 @@ class Engine:
         self._baselines: set[tuple[int, int]] = set()
         self._baseline_asks: dict[tuple[int, int], tuple[int, bool]] = {}  # -> ask, whether what is there is left out
         self._existing: dict[str, str] = {}  # what `rules apply` decided, until its baseline is taken
+        self._siblings: dict[int, Siblings] = {}  # rule -> what its checks measured of the last files
         self._ask = 0
         self._last_batch = 0
         self._holding = False
@@ -253,6 +255,9 @@ class Engine:
             self.runs.paused_all = str(paused)
         self.runs.paused_rules = set(saved.kept.get("paused_rules") or ())
         self._existing = {key: str(value) for key, value in saved.kept.items() if key.startswith("existing:") and value}
+        for key, kept in saved.kept.items():
+            if key.startswith(SIBLINGS):
+                self._siblings[int(key.removeprefix(SIBLINGS))] = {check: dict(of) for check, of in kept.items()}
         self._rule_names = saved.rules
         self._kept = saved.kept
         self.root_paths.update(saved.roots)
@@ -606,11 +611,17 @@ class Engine:
         fresh: set[int] = set()
         for name, old in list(self.rules.items()):
             now = new.get(name)
+            if now is None and self._siblings.pop(old.id, {}):
+                self._out.append(Kept(f"{SIBLINGS}{old.id}", None))
             if now is None or replace(now, **_BESIDES) != replace(old, **_BESIDES):
                 self._retire(old)
             elif now != old and (kept := self.assemblies.get(old.id)) is not None:
                 kept.use(now)
         before = self.rules
+        late: dict[int, list[tuple[str, int]]] = {}
+        for (number, mark, kind), (batch, _) in self.marks.items():
+            if kind == LATE and number not in self.assemblies:
+                late.setdefault(number, []).append((mark, batch))
         for rule in rules:
             root, was = self.roots[rule.watch], before.get(rule.name)
             if rule.id not in self.assemblies:
@@ -627,11 +638,14 @@ class Engine:
                     marks=self.marks,
                     utc=self._utc,
                     next_ask=self._next_ask,
+                    siblings=self._siblings.setdefault(rule.id, {}),
                 )
                 health = self.root_health.get(root)
                 assembly.steady = health is None or health.health not in AWAY
                 self.assemblies[rule.id] = assembly
                 fresh.add(root)
+                for owed, batch in late.get(rule.id, ()):
+                    assembly.take_owed(owed, batch, fact.at)
                 self._schedule(assembly, fact.at)
             if (rule.id, root) not in self._baselines and (rule.id, root) not in self._baseline_asks:
                 existing: str = rule.existing

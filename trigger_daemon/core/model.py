@@ -471,7 +471,8 @@ class BaselineSet:
 class GroupSet:
     """Record: a durable mark on a rule's group.
 
-    `kind`: taken (`only_first` closed), succeeded (for `after`), at (last `batch.at`).
+    `kind`: taken (`only_first` closed), succeeded (for `after`), at (last
+    `batch.at`), late (a companion that a file went without is looked for).
     """
 
     rule: int

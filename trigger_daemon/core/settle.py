@@ -40,7 +40,10 @@ COMPANION_LOOK_S = 5.0  # how often an awaited companion is looked for; a look c
 INCOMPLETE_LOOK_MAX_S = 300.0  # and how rarely an old incomplete file is; its checks read some kilobytes
 LATE_LOOK_S = 60.0  # how often companions are looked for that others went without
 LATE_MAX = 10_000  # of them in one rule, the newest; each is one lstat a minute
+SIBLINGS_MAX = 9  # files whose measures a new one is compared with: enough for a majority, soon renewed
 LOOK_NAMES_MAX = 1_000  # names in one Look: the pair of instants of its answer must stay tight
+
+Siblings = dict[str, dict[str, int]]  # check -> path -> what it measured; of companions under their pattern, too
 
 _NEVER = float("-inf")
 
@@ -73,6 +76,11 @@ class Companion:
     def checks(self) -> tuple[CheckSpec, ...]:
         return self.spec.checks if self.spec else ()
 
+    @property
+    def scope(self) -> str:
+        """Return under which name its measures are kept."""
+        return f"{self.spec.file}: " if self.spec else ""
+
 
 class Member:
     """One file of one rule, on its way from the first look to its batch."""
@@ -80,6 +88,7 @@ class Member:
     __slots__ = (
         "batch",
         "companions",
+        "content",
         "dir",
         "earlier",
         "flag",
@@ -103,6 +112,7 @@ class Member:
         self.earlier = earlier  # batch that took another version of this path, 0 if none
         self.batch = 0
         self.flag = ""
+        self.content = ""  # what the file itself says of its content (checks.Outcome)
         self.why = ""
         self.companions: tuple[Companion, ...] = ()
 
@@ -123,8 +133,11 @@ class Settling:
     about a file whose earlier version was claimed: True lets it go on.
     `on_companion(companion, at)` is told of each answered look at a companion,
     with None when nobody waits for it any more, and `on_late(companion, member,
-    at)` of one that has come complete after its file went without it. Claims
-    joined before batch `since` are too old to be trusted: what this object
+    at)` of one that has come complete after its file went without it.
+    `on_owed(companion, member)` is told when a companion begins to be late, and
+    with None when it is looked for no more. `siblings` (check -> path ->
+    measure) is filled here and read again after a restart; `on_measured()` is
+    told of a change. Claims joined before batch `since` are too old to be trusted: what this object
     remembers of claimed files begins there.
     """
 
@@ -147,6 +160,9 @@ class Settling:
         on_stalled: Callable[[Member, float], None],
         on_companion: Callable[[Companion, float | None], None],
         on_late: Callable[[Companion, Member, float], None],
+        on_owed: Callable[[Companion, Member | None], None],
+        on_measured: Callable[[], None],
+        siblings: Siblings,
         since: int,
     ) -> None:
         self.key = key
@@ -174,6 +190,9 @@ class Settling:
         self._on_stalled = on_stalled
         self._on_companion = on_companion
         self._on_late = on_late
+        self._on_owed = on_owed
+        self._on_measured = on_measured
+        self.siblings = siblings
         self._since = since
         self._away = False
 
@@ -295,7 +314,7 @@ class Settling:
             self._on_left(member)
         first = self.first_seen.setdefault(member, looked if member.state is NO_STATE else member.looked)
         member.state, member.looked, member.seen = state, looked, looked
-        member.stage, member.why, member.flag = SETTLING, "", ""
+        member.stage, member.why, member.flag, member.content = SETTLING, "", "", ""
         if earlier:
             member.earlier = earlier
         self.timers.cancel(member)
@@ -383,7 +402,8 @@ class Settling:
         """The file is quiet: rewritten, empty, companions, checks, in this order."""
         if member.earlier and not self._on_rewritten(member, at):
             return
-        if member.state[0] == 0 and not self.rule.complete.allow_empty:
+        empty = member.state[0] == 0 and self.key > 0  # a marker says enough by its name
+        if empty and not self.rule.complete.allow_empty:
             self._incomplete(member, "the file is empty", at)
             return
         if member.companions or self.specs:
@@ -408,11 +428,35 @@ class Settling:
         for companion in pending:
             if companion.state is None or companion.checking == companion.state:
                 continue  # another file has asked for it
-            companion.checking = companion.state
-            self.out.append(Check(self.key, companion.root, companion.path, companion.state, companion.checks))
+            self._check_companion(companion, companion.state)
         if self.checks:
             there = tuple((c.root, c.path) for c in member.companions if c.quiet)
-            self.out.append(Check(self.key, self.root, member.path, member.state, self.checks, there))
+            alike = self._alike(self.checks, "", member.path)
+            self.out.append(Check(self.key, self.root, member.path, member.state, self.checks, there, alike))
+
+    def _check_companion(self, companion: Companion, state: State) -> None:
+        companion.checking = state
+        alike = self._alike(companion.checks, companion.scope, companion.path)
+        self.out.append(Check(self.key, companion.root, companion.path, state, companion.checks, (), alike))
+
+    def _alike(self, checks: Sequence[CheckSpec], scope: str, path: str) -> dict[str, tuple[int, ...]]:
+        """Return what each check measured of other files."""
+        if not self.siblings:
+            return {}
+        known = ((name, self.siblings.get(scope + name)) for name, _ in checks)
+        return {name: tuple(n for other, n in of.items() if other != path) for name, of in known if of}
+
+    def _measured(self, scope: str, fact: Checked) -> None:
+        """Remember by what the next files are compared: suspect ones count, or nothing could ever change."""
+        if fact.verdict == Verdict.INCOMPLETE or not fact.measures:
+            return
+        for name, measure in fact.measures:
+            of = self.siblings.setdefault(scope + name, {})
+            of.pop(fact.path, None)
+            of[fact.path] = measure
+            if len(of) > SIBLINGS_MAX:
+                del of[next(iter(of))]
+        self._on_measured()
 
     def checked(self, fact: Checked) -> None:
         """Take a verdict; it counts only for exactly the state that was checked."""
@@ -428,19 +472,22 @@ class Settling:
             if companion.state != fact.state:
                 continue
             companion.verdict, companion.why = fact.verdict, fact.why
+            self._measured(companion.scope, fact)
             for member in list(companion.members):
                 if member.stage == CHECKING and (not self.checks or member in self.agreed):  # in any order
                     self._companions_judged(member, fact.at)
             self._late(companion, fact.at)
 
     def _verdict(self, member: Member, fact: Checked) -> None:
-        member.why = fact.why
-        missing = [n for n in fact.needs if all(c.name != n or c.dir != member.dir for c in member.companions)]
+        member.why, member.content = fact.why, fact.content
+        known = {companion.path for companion in member.companions if companion.root == self.root}
+        missing = [name for name in fact.needs if join(member.dir, name) not in known]
         if missing:
             for name in missing:
-                self._register(member, None, self.root, member.dir, name)
+                self._register(member, None, self.root, *split(join(member.dir, name)))
             self._await(member, f"needs {', '.join(missing[:3])}", fact.at)
             return
+        self._measured("", fact)
         if fact.verdict == Verdict.INCOMPLETE:
             self._incomplete(member, fact.why, fact.at)
         elif member.companions:
@@ -588,7 +635,7 @@ class Settling:
             companion.state, companion.looked, companion.quiet = state, fact.ended, False
             companion.verdict, companion.why = None, "still settling"
         elif not companion.quiet and fact.began >= companion.looked + self.quiescence_s:
-            if state[0]:
+            if state[0] or companion.spec is None:  # of one that a check asked for, that check judges
                 companion.quiet, companion.why = True, ""
             else:
                 companion.why = "empty"
@@ -599,6 +646,10 @@ class Settling:
         companion.asked_at, companion.answered_at = _NEVER, began
         for member in list(companion.members) if changed else ():
             if member.stage == AWAITING:
+                if companion.spec is None and companion.state is not None:  # a set that grows has not stalled
+                    self.first_seen[member] = at
+                    self.timers.cancel((member, "stall"))
+                    self._watch_stall(member, at, self._longest_wait_s(member))
                 waiting = self._waiting_for(member, at)
                 if waiting:
                     member.why = waiting
@@ -624,8 +675,12 @@ class Settling:
     def _await(self, member: Member, why: str, at: float) -> None:
         member.stage, member.why = AWAITING, why
         self.first_seen.setdefault(member, member.looked)
-        self._watch_stall(member, at, max((c.spec.wait_s for c in member.companions if c.spec), default=0.0))
+        self._watch_stall(member, at, self._longest_wait_s(member))
         self._companion_timer(member, at)
+
+    @staticmethod
+    def _longest_wait_s(member: Member) -> float:
+        return max((c.spec.wait_s for c in member.companions if c.spec), default=0.0)
 
     def _companion_timer(self, member: Member, at: float) -> None:
         # Look again just when the younger companions can have become quiet.
@@ -637,7 +692,6 @@ class Settling:
         if member.stage != AWAITING:
             return
         limits = [c.spec.wait_s for c in member.companions if not c.quiet and c.spec and c.spec.missing == "block"]
-        limits += [self.rule.complete.stalled_after_s for c in member.companions if not c.quiet and c.spec is None]
         if limits and now - member.seen >= min(limits):
             self.block(member, f"{member.why or 'a companion is missing'}; waited {min(limits):g} s for it")
             return
@@ -708,12 +762,23 @@ class Settling:
     def _go_without(self, companion: Companion, member: Member) -> None:
         if companion not in self.late:
             self.late[companion] = member
+            self._on_owed(companion, member)
             if len(self.late) > LATE_MAX:
                 oldest, its = next(iter(self.late.items()))
                 self._forget_late(oldest, its)
         key = (self, "late")
         if self.timers.at(key) is None:
             self.timers.set(key, member.seen + LATE_LOOK_S, self._look_for_late)
+
+    def owe(self, spec: With, root: int, path: str, of: str, batch: int, at: float) -> Companion:
+        """Go on to look for a companion that a file went without before a restart."""
+        companion = Companion(spec, root, *split(path))
+        self.awaited.setdefault((root, companion.dir), {}).setdefault(companion.name, []).append(companion)
+        member = Member(self, *split(of), NO_STATE, at, 0)
+        member.batch = batch
+        self.late[companion] = member
+        self.timers.set((self, "late"), at, self._look_for_late)
+        return companion
 
     def _look_for_late(self, now: float) -> None:
         if self.late:
@@ -726,8 +791,7 @@ class Settling:
             return
         if companion.checks and companion.verdict is None:
             if companion.state is not None and companion.checking is None:
-                companion.checking = companion.state
-                self.out.append(Check(self.key, companion.root, companion.path, companion.state, companion.checks))
+                self._check_companion(companion, companion.state)
         elif companion.verdict == Verdict.INCOMPLETE:
             companion.quiet, companion.verdict = False, None  # checked again at the next look
         else:
@@ -736,6 +800,7 @@ class Settling:
 
     def _forget_late(self, companion: Companion, member: Member) -> None:
         self.late.pop(companion, None)
+        self._on_owed(companion, None)
         self._let_go(companion, member)
 
     def members(self) -> Iterator[Member]:

@@ -1,0 +1,211 @@
+"""What the core makes of checks: siblings, files a check needs, digests that files carry, late companions, markers."""
+
+from __future__ import annotations
+
+from lab import Lab, rule
+
+from trigger_daemon.core.model import Verdict
+from trigger_daemon.core.rules import Batch, CloseOn, Complete, With
+
+FRAMES = (("tiff", {"frames": "siblings"}),)
+
+
+def measuring(**complete: object) -> Lab:
+    lab = Lab(rule(complete=Complete(quiescence_s=10, checks=FRAMES, **complete)))  # type: ignore[arg-type]
+    lab.checks_wait = []
+    return lab
+
+
+def judged(lab: Lab, name: str, measure: int, verdict: Verdict = Verdict.COMPLETE) -> tuple[int, ...]:
+    """Let a file come, and its check measure it; return what the check was told of its siblings."""
+    lab.write(name)
+    lab.run_for(11)
+    asked = next(check for check in lab.checks_wait or [] if check.path == name)
+    lab.answer_check(name, verdict, measures=(("tiff", measure),))
+    return asked.siblings.get("tiff", ())
+
+
+def test_a_check_is_told_what_it_measured_of_the_last_files() -> None:
+    """Newest last, a file never compared with itself, those judged incomplete left out, and never more than nine."""
+    lab = measuring()
+    assert judged(lab, "a.tif", 40) == ()
+    assert judged(lab, "b.tif", 41) == (40,)
+    assert judged(lab, "c.tif", 17, Verdict.INCOMPLETE) == (40, 41)
+    assert judged(lab, "b.tif", 42) == (40,)
+    for number in range(12):
+        told = judged(lab, f"{number}.tif", number)
+
+    assert told == (2, 3, 4, 5, 6, 7, 8, 9, 10)
+
+
+def test_siblings_are_known_after_a_crash() -> None:
+    """Else the half movie of a camera that failed would pass as the first of its kind."""
+    lab = measuring()
+    for name in ("a.tif", "b.tif", "c.tif"):
+        judged(lab, name, 40)
+    lab.crash()
+    lab.checks_wait = []
+    lab.offer(*lab.rules)
+
+    assert judged(lab, "d.tif", 17) == (40, 40, 40)
+
+
+def test_a_suspect_file_counts_among_siblings() -> None:
+    """Settings of an instrument change; what its files are like now is learnt from them, not from the old ones."""
+    lab = measuring()
+    judged(lab, "a.tif", 40)
+    judged(lab, "b.tif", 30, Verdict.SUSPECT)
+
+    assert judged(lab, "c.tif", 30) == (40, 30)
+
+
+def test_a_rule_that_is_gone_leaves_no_measures_behind() -> None:
+    """What is kept has an end."""
+    lab = measuring()
+    judged(lab, "a.tif", 40)
+    lab.offer()
+
+    assert not [key for key in lab.ledger.kept if key.startswith("siblings")]
+
+
+def needing(lab: Lab, *names: str) -> None:
+    """Let `series_master.h5` come, whose check needs the names."""
+    lab.write("series_master.tif")
+    lab.run_for(11)
+    lab.answer_check("series_master.tif", Verdict.INCOMPLETE, "0 of 2", needs=names)
+
+
+def test_what_a_check_needs_is_awaited_in_any_order_and_handed_to_it() -> None:
+    """The master names its data files: one set, whichever of them comes last, in directories below it too."""
+    lab = measuring(stalled_after_s=600)
+    lab.write("more/d2.h5")
+    needing(lab, "d1.h5", "more/d2.h5")
+    lab.run_for(60)
+    assert not lab.checks_wait
+    assert "d1.h5" in lab.explain("series_master.tif")[0]["because"]
+    lab.write("d1.h5")
+    lab.run_for(20)
+    check = lab.checks_wait[0]  # type: ignore[index]
+    assert sorted(check.companions) == [(1, "d1.h5"), (1, "more/d2.h5")]
+    lab.answer_check("series_master.tif", needs=("d1.h5", "more/d2.h5"))
+
+    assert sorted(lab.batches()[0]) == ["d1.h5", "more/d2.h5", "series_master.tif"]
+    assert {m.role for _, record in lab.closed for m in record.members if m.name != "series_master.tif"} == {"companion"}
+
+
+def test_a_needed_file_may_be_empty() -> None:
+    """The mark `done` often is; the check that asked for it judges."""
+    lab = measuring()
+    needing(lab, "done")
+    lab.write("done", 0)
+    lab.run_for(20)
+
+    assert lab.checks_wait
+
+
+def test_a_set_that_grows_has_not_stalled_and_one_that_stands_still_has() -> None:
+    """A collection of hours writes one data file after the other; it is never blocked, and never started."""
+    lab = measuring(stalled_after_s=600)
+    names = tuple(f"d{number}.h5" for number in range(5))
+    needing(lab, *names)
+    for name in names[:-1]:
+        lab.run_for(500)
+        lab.write(name)
+    lab.run_for(500)
+    assert not [key for key in lab.engine.alarms.open if key.startswith(("stalled", "blocked"))]
+    lab.run_for(200)
+
+    alarm = lab.engine.alarms.open["stalled:r"]
+    assert "series_master.tif" in alarm.what and "d4.h5" in alarm.what
+    assert not lab.closed
+
+
+def test_the_digest_that_a_file_carries_goes_into_the_manifest() -> None:
+    """Of the version that was checked, and of no other."""
+    lab = measuring()
+    lab.write("a.tif")
+    lab.run_for(11)
+    lab.answer_check("a.tif", content="md5:00:10:20")
+    lab.write("a.tif", 20)
+    lab.run_for(11)
+    lab.answer_check("a.tif")
+
+    assert [record.members[0].content for _, record in lab.closed] == ["md5:00:10:20", ""]
+
+
+def test_an_empty_marker_closes_its_batch() -> None:
+    """`touch DONE` is how many programs say that a run is over."""
+    lab = Lab(rule(complete=Complete(quiescence_s=10), batch=Batch(files=100, close_on=CloseOn("DONE"))))
+    lab.write("a.tif")
+    lab.write("DONE", 0)
+    lab.run_for(60)
+
+    assert lab.batches() == [("a.tif",)]
+
+
+LATE = Complete(quiescence_s=10, companions=(With("{x}.xml", "/data", wait_s=20, missing="go"),))
+
+
+def late_lab() -> Lab:
+    lab = Lab(rule(match=("{x}.tif",), complete=LATE))
+    lab.write("a.tif")
+    lab.run_for(40)
+    assert lab.batches() == [("a.tif",)]
+    return lab
+
+
+def test_a_late_companion_is_looked_for_after_a_crash() -> None:
+    """It came while nobody looked: still in a batch of its own, once, and the mark of the debt is gone."""
+    lab = late_lab()
+    lab.crash()
+    lab.write("a.xml", heard=False)
+    lab.offer(*lab.rules)
+    lab.run_for(200)
+    assert lab.batches()[1:] == [("a.xml",)]
+    assert lab.closed[1][1].reason == "late companion of a.tif, which batch 1 took"
+    lab.crash()
+    lab.offer(*lab.rules)
+    lab.run_for(200)
+
+    assert len(lab.batches()) == 2
+    assert not [mark for mark in lab.ledger.marks if mark[2] == "late"]
+
+
+def test_a_debt_that_no_rule_has_any_more_is_forgotten() -> None:
+    """A rule that names no such companion looks for none."""
+    lab = late_lab()
+    lab.crash()
+    lab.offer(rule(match=("{x}.tif",), complete=Complete(quiescence_s=10)))
+    lab.write("a.xml", heard=False)
+    lab.run_for(200)
+
+    assert len(lab.batches()) == 1
+    assert not [mark for mark in lab.ledger.marks if mark[2] == "late"]
+
+
+def test_late_companions_of_a_changed_rule_are_looked_for_on() -> None:
+    """Changing how a rule batches does not make it forget what its files went without."""
+    lab = late_lab()
+    lab.offer(rule(match=("{x}.tif",), complete=LATE, batch=Batch(files=7)))
+    lab.write("a.xml", heard=False)
+    lab.run_for(200)
+
+    assert lab.batches()[1:] == [("a.xml",)]
+
+
+def test_companions_with_checks_are_compared_with_their_own_siblings() -> None:
+    """The sizes of metadata are like those of metadata, not like those of movies."""
+    checks = (("size", {"siblings": 0.05}),)
+    both = Complete(quiescence_s=10, checks=checks, companions=(With("{x}.xml", "/data", checks),))
+    lab = Lab(rule(match=("{x}.tif",), complete=both))
+    lab.checks_wait = []
+    for number, (movie, metadata) in enumerate([(1000, 10), (1001, 11)]):
+        lab.write(f"{number}.tif", movie)
+        lab.write(f"{number}.xml", metadata)
+        lab.run_for(25)
+        asked = {check.path: check.siblings.get("size", ()) for check in lab.checks_wait}
+        lab.answer_check(f"{number}.xml", measures=(("size", metadata),))
+        lab.answer_check(f"{number}.tif", measures=(("size", movie),))
+
+    assert asked == {"1.xml": (10,), "1.tif": (1000,)}
+    assert len(lab.closed) == 2
