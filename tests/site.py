@@ -69,12 +69,19 @@ class Site:
 
     # ------------------------------------------------------------------ daemon
 
-    def start(self, *, wait: bool = True, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> None:
-        """Start the daemon; with `wait`, until its heartbeat says it watches."""
+    def start(
+        self,
+        *,
+        wait: bool = True,
+        env: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+        options: tuple[str, ...] = (),
+    ) -> None:
+        """Start the daemon; with `wait`, until its heartbeat says it watches. `options` are those of `serve`."""
         self.config.write_text(json.dumps(self.settings))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-P", "-m", "trigger_daemon", "serve", "--config", str(self.config)],
+                [*prefix, sys.executable, "-P", "-m", "trigger_daemon", "serve", "--config", str(self.config), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -169,7 +176,7 @@ class Site:
             found.append(
                 [
                     (os.fsencode(f"{directory}/{name}" if directory else name), size, mtime)
-                    for _, directory, name, size, mtime, role, _ in members
+                    for _, directory, name, size, mtime, role, *_ in members
                     if not role
                 ]
             )

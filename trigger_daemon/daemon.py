@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trigger_daemon import __version__, config, hints, log
+from trigger_daemon import __version__, config, hints, log, trace
 from trigger_daemon.clock import Clock, SystemClock
 from trigger_daemon.config.settings import Amount
 from trigger_daemon.control import Control
@@ -38,6 +38,7 @@ from trigger_daemon.inbox import Inbox
 from trigger_daemon.journal import ClaimReader, Journal, RootIdentity
 from trigger_daemon.scanner import Scanner
 from trigger_daemon.systemd import Notifier
+from trigger_daemon.trace import Recorder
 from trigger_daemon.volumes import Gauge, Volumes
 
 BEAT_S = 2.0  # heartbeat for the command line
@@ -58,8 +59,16 @@ _RECORD_TYPES = frozenset(RECORDS)
 class Daemon:
     """One daemon on one state directory."""
 
-    def __init__(self, settings: config.Settings, *, reload_settings: Any = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        settings: config.Settings,
+        *,
+        reload_settings: Any = None,
+        clock: Clock | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.settings = settings
+        self.recorder = recorder
         self._reload_settings = reload_settings
         self.clock: Clock = clock or SystemClock()
         self.log = log.get()
@@ -154,15 +163,25 @@ class Life:
         )
         saved = await loop.run_in_executor(self._journal_thread, self.journal.load)
         self._root_paths = dict(saved.roots)
-        self.engine = Engine(
+        header = trace.Header(
             host=socket.gethostname(),
-            providers=self.providers,
-            rand=random.random,
-            runs_max=settings.throttle.runs,
             time_zone=settings.time_zone or _local_zone(),
+            runs_max=settings.throttle.runs,
             keep_done_s=settings.keep_done_s,
+            seed=random.getrandbits(48),
         )
-        self.engine.restore(saved, self.clock.monotonic(), self.clock.utc())
+        self.engine = Engine(
+            host=header.host,
+            providers=self.providers,
+            rand=random.Random(header.seed).random,
+            runs_max=header.runs_max,
+            time_zone=header.time_zone,
+            keep_done_s=header.keep_done_s,
+        )
+        now, utc = self.clock.monotonic(), self.clock.utc()
+        self.engine.restore(saved, now, utc)
+        if self.daemon.recorder:
+            self.daemon.recorder.life(header, saved, now, utc)
         self.executor = self._part(
             Executor(
                 journal=self.journal,
@@ -233,8 +252,12 @@ class Life:
         effects: list[Effect] = []
         for fact in facts:
             effects += self.engine.step(fact)
-        if not effects:
-            return
+        if effects:
+            await self._write_and_carry(effects)
+        if self.daemon.recorder:  # what was not committed never was
+            self.daemon.recorder.round(facts, [e for e in effects if isinstance(e, model.BatchClosed)])
+
+    async def _write_and_carry(self, effects: list[Effect]) -> None:
         records = [effect for effect in effects if type(effect) in _RECORD_TYPES]
         if records:
             fail_point("loop.before_commit")
@@ -334,6 +357,8 @@ class Life:
             self.settings = self.daemon.settings
             self.rules_dir = Path(self.settings.rules_dir)
             self.engine.runs.runs_max = self.settings.throttle.runs
+            if self.daemon.recorder:
+                self.daemon.recorder.runs_max(self.settings.throttle.runs)
             self._offer_rules(force=True)
             self.daemon.notify.ready("watching")
         if now >= self._next_rules:
@@ -346,6 +371,9 @@ class Life:
                     f"{self.journal.path} or its lock was removed or replaced while the daemon ran",
                     hint="stop the daemon; put the journal back from a backup; start again",
                 )
+            if self.daemon.recorder and self.daemon.recorder.fault:
+                self.log.warning("recording.ended", why=self.daemon.recorder.fault)
+                self.daemon.recorder = None
             self.scanner.supervise(now)
             self.executor.supervise(now)
             self.volumes.sample(now)
@@ -559,11 +587,16 @@ def _words(fault: ConfigFault) -> dict[str, Any]:
     }
 
 
-async def serve(settings: config.Settings, *, reload_settings: Any = None) -> None:
-    """Run a daemon until SIGTERM or SIGINT; SIGHUP reloads."""
-    daemon = Daemon(settings, reload_settings=reload_settings)
+async def serve(settings: config.Settings, *, reload_settings: Any = None, record: Path | None = None) -> None:
+    """Run a daemon until SIGTERM or SIGINT; SIGHUP reloads. `record`: where to write a trace. Raises TraceError."""
+    recorder = Recorder(record) if record else None
+    daemon = Daemon(settings, reload_settings=reload_settings, recorder=recorder)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.stop)
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
-    await daemon.run()
+    try:
+        await daemon.run()
+    finally:
+        if recorder:
+            recorder.close()

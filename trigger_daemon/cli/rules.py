@@ -12,6 +12,7 @@ import click
 
 from trigger_daemon.cli import text
 from trigger_daemon.cli.commands import CONFIGURATION, NEEDS_PERSON, Group, Setup, pass_setup, why_option
+from trigger_daemon.cli.replay import replay
 from trigger_daemon.core.rules import BUILT_IN_IGNORES
 from trigger_daemon.errors import ConfigError, ConfigFault, TriggerError
 
@@ -362,3 +363,6 @@ def _undecided(undecided: Mapping[str, Mapping[str, Any]]) -> None:
         )
     for choice, words in CHOICES.items():
         click.echo(f"  {choice:5} {words}")
+
+
+rules.add_command(replay)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -13,11 +14,17 @@ from trigger_daemon.errors import TriggerError
 
 
 @click.command(cls=Command)
+@click.option(
+    "--record", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write a trace of all that is seen and decided, for `rules replay`; at most 4 GiB.",
+)
 @pass_setup
-def serve(setup: Setup) -> None:
+def serve(setup: Setup, record: Path | None) -> None:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C. SIGHUP reads settings and rules again.
 
-    Log lines go to stderr: text on a terminal, else one JSON object a line.
+    Log lines go to stderr: text on a terminal, else one JSON object a line. A
+    trace that exists already is continued; choose a disk for it on which nobody
+    else needs the room.
     """
     import asyncio
 
@@ -29,7 +36,7 @@ def serve(setup: Setup) -> None:
     # What has to be finished was finished by the daemon itself: the runner is left as it is.
     runner = asyncio.Runner()
     try:
-        runner.run(daemon.serve(settings, reload_settings=setup.settings))
+        runner.run(daemon.serve(settings, reload_settings=setup.settings, record=record))
     except TriggerError as error:
         setup.fail(error.message, error.hint)
         _leave(FAILURE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -976,25 +976,24 @@ class Engine:
             words += " (stalled)"
         return {"because": words, "until_time": None if until is None else self._utc(until)}
 
-    def _files_list(self, order: Order) -> dict[str, Any]:
-        wanted = order.args.get("stage")
-        files: list[dict[str, Any]] = []
+    def open_files(self) -> Iterator[tuple[Rule, str, dict[str, Any]]]:
+        """Yield rule, path below its root, and the words for every file that is in no closed batch yet."""
         for assembly in self.assemblies.values():
             for member in assembly.settling.members():
                 stage = _STAGE[member.stage]
-                if stage == "batched" or (wanted and stage != wanted):
-                    continue
-                if len(files) >= LISTED_MAX:
-                    return {"ok": True, "files": files, "more": True}
-                files.append(
-                    {
-                        "path": f"{assembly.rule.watch.rstrip('/')}/{member.path}",
-                        "rule": assembly.rule.name,
-                        "stage": stage,
-                        "size": max(member.state[0], 0),
-                        **self._because(assembly, member),
-                    }
-                )
+                if stage != "batched":
+                    words = {"stage": stage, "size": max(member.state[0], 0), **self._because(assembly, member)}
+                    yield assembly.rule, member.path, words
+
+    def _files_list(self, order: Order) -> dict[str, Any]:
+        wanted = order.args.get("stage")
+        files: list[dict[str, Any]] = []
+        for rule, path, words in self.open_files():
+            if wanted and words["stage"] != wanted:
+                continue
+            if len(files) >= LISTED_MAX:
+                return {"ok": True, "files": files, "more": True}
+            files.append({"path": f"{rule.watch.rstrip('/')}/{path}", "rule": rule.name, **words})
         return {"ok": True, "files": files, "more": False}
 
     def _batches_list(self, order: Order) -> dict[str, Any]:

@@ -1,0 +1,215 @@
+"""`rules replay`: what rules would have started, from a directory or a recorded trace; nothing is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trigger_daemon.cli import text
+from trigger_daemon.cli.commands import Command, Setup, absolute, pass_setup
+from trigger_daemon.core.model import counted
+from trigger_daemon.errors import ConfigError, TriggerError
+
+if TYPE_CHECKING:
+    from trigger_daemon.core.rules import Rule
+    from trigger_daemon.replay import Report
+
+SHOWN_MAX = 40  # lines of each table; JSON has all
+FILES_SHOWN = 3  # names of a batch
+
+
+@click.command(cls=Command)
+@click.argument("paths", nargs=-1, required=True, metavar="[RULES]... DIR|TRACE", type=click.Path(path_type=Path))
+@click.option(
+    "--root", "pairs", multiple=True, metavar="WATCH=DIR",
+    help="DIR stands for what a rule watches, or for where its companions lie.",
+)
+@click.option(
+    "--speed", type=click.FloatRange(min=0.001, max=1e9), default=1.0, metavar="N", show_default=True,
+    help="Files of a directory arrive N times as fast as their times of modification say.",
+)
+@pass_setup
+def replay(setup: Setup, paths: tuple[Path, ...], pairs: tuple[str, ...], speed: float) -> None:
+    """Show what rules would have started, and what not, without starting anything.
+
+    RULES are rule files or directories of them; without any, the `rules_dir` of
+    the settings, or the rules that a trace was recorded with. From a directory,
+    each file arrives, whole, at its time of modification, as if the daemon had
+    watched from the start. DIR stands for what the rules watch, or is a part of
+    it. A TRACE is written by `serve --record`. The daemon need not run.
+    """
+    *given, source = paths
+    if _is_trace(source):
+        report = _trace(given, source)
+    elif source.is_dir():
+        report = _directory(setup, given, source, pairs, speed)
+    elif source.suffix in (".yaml", ".yml") and source.exists():  # no directory: what the rules watch
+        report = _roots(_rules(setup, paths), pairs, speed)
+    else:
+        raise TriggerError(
+            f"{source} is neither a directory nor a trace" if source.exists() else f"there is no {source}",
+            hint="give the directory with the data last, or a file written by `trigger-daemon serve --record FILE`",
+        )
+    if setup.json:
+        setup.data(_json(report))
+    else:
+        _show(report)
+
+
+def _is_trace(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(9).startswith(b'{"trace":')
+    except OSError:
+        return False
+
+
+def _rules(setup: Setup, given: Sequence[Path]) -> tuple[Rule, ...]:
+    from trigger_daemon.cli.rules import read_rules
+
+    read = read_rules(tuple(given) or (Path(setup.settings().rules_dir),))
+    if read.faults:
+        raise ConfigError(read.faults)
+    if not read.rules:
+        raise TriggerError("there are no rules to replay", hint="name a rule file before the directory")
+    return read.rules
+
+
+def _trace(given: Sequence[Path], source: Path) -> Report:
+    from trigger_daemon import replay
+    from trigger_daemon.cli.rules import read_rules
+
+    if not given:
+        return replay.replay_trace(source)
+    read = read_rules(tuple(given))
+    if read.faults:
+        raise ConfigError(read.faults)
+    recorded = list(replay.recorded_rules(source))
+    if recorded and all(replay.same_rules(read.rules, rules) for rules in recorded):
+        return replay.replay_trace(source)
+    report = replay.replay_history(read.rules, source)
+    report.notes.insert(0, "these are other rules than those recorded: only files that those looked at are known")
+    return report
+
+
+def _roots(rules: Sequence[Rule], pairs: Sequence[str], speed: float) -> Report:
+    from trigger_daemon import replay
+
+    roots, notes = _stand_ins(rules, pairs, {})
+    return _noted(replay.replay_directory(rules, roots, speed=speed), notes)
+
+
+def _directory(setup: Setup, given: Sequence[Path], source: Path, pairs: Sequence[str], speed: float) -> Report:
+    """Find out what of the rules the directory stands for."""
+    from trigger_daemon import replay
+
+    rules = _rules(setup, given)
+    here = absolute(str(source))
+    watched = sorted({rule.watch for rule in rules})
+    inside = [watch for watch in watched if watch == here or watch.startswith(here.rstrip("/") + "/")]
+    above = [watch for watch in watched if here.startswith(watch.rstrip("/") + "/")]
+    only: dict[str, str] = {}
+    if inside:
+        chosen = {watch: watch for watch in inside}
+    elif above:
+        chosen = {watch: watch for watch in above}
+        only = {watch: os.path.relpath(here, watch) for watch in above}
+    elif len(watched) == 1:
+        chosen = {watched[0]: here}
+    else:
+        free = [watch for watch in watched if not any(pair.startswith(f"{watch}=") for pair in pairs)]
+        if len(free) != 1:
+            raise TriggerError(
+                f"the rules watch {', '.join(map(text.name, watched))}: for which of them does {source} stand?",
+                hint=f"say it: --root {watched[0]}={source}",
+            )
+        chosen = {free[0]: here}
+    replayed = [rule for rule in rules if rule.watch in chosen or any(p.startswith(f"{rule.watch}=") for p in pairs)]
+    roots, notes = _stand_ins(replayed, pairs, chosen)
+    if left_out := sorted({rule.name for rule in rules} - {rule.name for rule in replayed}):
+        notes.append(f"not replayed, as they watch something else: {', '.join(left_out)}")
+    return _noted(replay.replay_directory(replayed, roots, speed=speed, only_below=only), notes)
+
+
+def _stand_ins(
+    rules: Sequence[Rule], pairs: Sequence[str], chosen: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return which real directory stands for each that the rules name, and notes on those that are not there."""
+    roots = dict(chosen)
+    named = {rule.watch for rule in rules} | {c.root for rule in rules for c in rule.complete.companions}
+    for pair in pairs:
+        watch, equals, directory = pair.partition("=")
+        watch = watch.rstrip("/") or "/"
+        if not equals or not directory:
+            raise click.UsageError(f"{pair!r} is not of the form WATCH=DIR")
+        if watch not in named:
+            raise TriggerError(
+                f"no rule watches {watch}, nor has companions there", hint=f"they name: {', '.join(sorted(named))}"
+            )
+        roots[watch] = absolute(directory)
+    notes = []
+    roots.update({path: path for path in named - roots.keys()})
+    for path, real in sorted(roots.items()):
+        if not os.path.isdir(real):
+            notes.append(f"{real} is not there: its files are missing (--root {path}=DIR names another directory)")
+    return roots, notes
+
+
+def _noted(report: Report, notes: Sequence[str]) -> Report:
+    report.notes = [*notes, *report.notes]
+    return report
+
+
+# -------------------------------------------------------------------------- showing
+
+
+def _json(report: Report) -> dict[str, Any]:
+    shown: dict[str, Any] = {"batches": report.batches, "left": report.left}
+    if report.more:
+        shown["more"] = report.more
+    if report.as_recorded is not None:
+        shown["as_recorded"] = report.as_recorded
+    if report.notes or report.ended:
+        shown["notes"] = [*report.notes, *([report.ended] if report.ended else [])]
+    return shown
+
+
+def _show(report: Report) -> None:
+    for note in report.notes:
+        text.note(note)
+    if report.batches:
+        shown = text.table(
+            ("time", "word"), ("rule", "name"), ("group or files", "wide"), ("files", "right"), ("because", "wide")
+        )
+        for batch in report.batches[:SHOWN_MAX]:
+            files = len(batch["files"])
+            words = " ".join(f"{key}={value}" for key, value in batch["group"].items())
+            if not words:
+                words = ", ".join(map(text.name, batch["files"][:FILES_SHOWN])) + ("…" if files > FILES_SHOWN else "")
+            text.row(shown, batch["time"][:19].replace("T", " "), batch["rule"], words, f"{files:,}", batch["reason"])
+        text.console().print(shown)
+        if (more := len(report.batches) - SHOWN_MAX) > 0:
+            click.echo(f"… and {counted(more, 'batch')} more (-F json has all)")
+    else:
+        click.echo("nothing would have been started")
+    if report.left:
+        click.echo(f"\nleft, {text.counted(len(report.left) + report.more, 'file')}:")
+        shown = text.table(("file", "path"), ("rule", "name"), ("because", "wide"))
+        for left in report.left[:SHOWN_MAX]:
+            text.row(shown, text.name(left["path"]), left["rule"] or "–", left["because"])
+        text.console().print(shown)
+        if (more := len(report.left) + report.more - SHOWN_MAX) > 0:
+            click.echo(f"… and {text.counted(more, 'file')} more (-F json has them)")
+    files = sum(len(batch["files"]) for batch in report.batches)
+    click.echo(
+        f"{counted(len(report.batches), 'batch')} of {text.counted(files, 'file')},"
+        f" {text.counted(len(report.left) + report.more, 'file')} left; nothing was started"
+    )
+    if report.as_recorded is False:
+        text.note("these are not the batches that the daemon made: this version decides otherwise")
+    if report.ended:
+        text.note(f"the recording ended before the daemon did: {report.ended}")
