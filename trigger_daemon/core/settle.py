@@ -710,7 +710,8 @@ class Settling:
 
     def end(self) -> None:
         """Let go of everything."""
-        self.timers.cancel((self, "late"))
+        for key in ((self, "late"), *((companion, "late") for companion in self.late)):
+            self.timers.cancel(key)
         for member in list(self.members()):
             self.drop(member)
         self.late.clear()
@@ -787,7 +788,13 @@ class Settling:
 
     def _late(self, companion: Companion, at: float) -> None:
         """One that its file went without goes alone, once it is quiet and its checks agree."""
-        if not self.late or not companion.quiet or (member := self.late.get(companion)) is None:
+        if not self.late or (member := self.late.get(companion)) is None:
+            return
+        if not companion.quiet:
+            due = companion.looked + self.quiescence_s
+            if companion.state is not None and due > at:
+                key = (companion, "late")
+                self.timers.set(key, due, lambda now: self._look_at((companion,), now, always=True))
             return
         if companion.checks and companion.verdict is None:
             if companion.state is not None and companion.checking is None:
@@ -800,6 +807,7 @@ class Settling:
 
     def _forget_late(self, companion: Companion, member: Member) -> None:
         self.late.pop(companion, None)
+        self.timers.cancel((companion, "late"))
         self._on_owed(companion, None)
         self._let_go(companion, member)
 
