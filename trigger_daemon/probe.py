@@ -200,15 +200,16 @@ class Companions(Mapping[str, Probe]):
     def __init__(self, paths: Mapping[str, PathName]) -> None:
         self._paths = paths
         self._probes: dict[str, Probe] = {}
+        self._handed: set[str] = set()  # since the last close: these may be open, or be opened by their next read
 
     def __getitem__(self, name: str) -> Probe:
-        if name in self._probes:
-            return self._probes[name]
         path = self._paths[name]
-        if sum(not probe.closed for probe in self._probes.values()) >= OPEN_MAX:
+        if name not in self._handed and len(self._handed) >= OPEN_MAX:
             self.close()
-        probe = self._probes[name] = Probe(path)
-        return probe
+        if name not in self._probes:
+            self._probes[name] = Probe(path)
+        self._handed.add(name)
+        return self._probes[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._paths
@@ -226,6 +227,7 @@ class Companions(Mapping[str, Probe]):
 
     def close(self) -> None:
         """Let go of all descriptors."""
+        self._handed.clear()
         for probe in self._probes.values():
             probe.close()
 
@@ -335,5 +337,8 @@ def _leased(fd: int, path: bytes) -> bool | None:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
         return True if error.errno == errno.EAGAIN else None
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:  # this process stood still while a writer waited, until the kernel took the lease away
+        return True if error.errno == errno.EAGAIN else None
     return False
