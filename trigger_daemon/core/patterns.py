@@ -382,7 +382,7 @@ class Pattern:
             if not level("/".join(parts[: i + 1])):
                 return i, f"directory `{parts[i]}` does not fit `{texts[i]}`"
         if self._open:
-            return len(self._levels), "it does not fit"
+            return len(self._levels), "its end does not fit that"
         want, have = len(components) - 1, len(parts) - 1
         if want != have:
             return min(want, have), f"it lies {_levels_words(have)} below the root, the pattern wants {want}"
