@@ -6,7 +6,7 @@ from __future__ import annotations
 def amount(count: int) -> str:
     """Return a number of bytes for people: `84.0 MB`; below 10 kB the bytes themselves, where each one counts."""
     if count < 10_000:
-        return f"{count:,} bytes"
+        return f"{count:,} byte{'' if count == 1 else 's'}"
     value = float(count)
     for unit in ("kB", "MB", "GB", "TB"):
         value /= 1000

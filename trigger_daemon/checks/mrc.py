@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from trigger_daemon.checks import Outcome, Window
+from trigger_daemon.checks._frames import FRAMES, expect
 from trigger_daemon.checks._words import amount, frames, progress
 from trigger_daemon.core.grammar import Option, Options
 from trigger_daemon.core.model import Verdict
 
 OPTIONS: Options = {
-    "frames": Option("int", "expected number of frames or sections; fewer is incomplete, more is suspect", minimum=1),
+    "frames": FRAMES,
     "zeros": Option(
         "enum", "what to say when the last 64 KiB are all zero (a copy tool that sets the length first)",
         default="go", choices=("go", "suspect"),
@@ -48,21 +49,29 @@ def check(probe: Window, options: Mapping[str, Any], companions: Mapping[str, Wi
         return Outcome(Verdict.INCOMPLETE, "the header still says that there are no frames")
     whole = begins + frame_bytes * count
     there = max(0, (probe.size - begins) // frame_bytes)
-    expected = options.get("frames")
-    if expected is not None and count < expected:
-        return Outcome(Verdict.INCOMPLETE, f"{min(there, count):,} of {frames(expected)}, {amount(probe.size)}")
+    expected = expect(options.get("frames"), probe, companions)
+    if isinstance(expected, Outcome):
+        return expected
+    if expected.number is not None and count < expected.number:
+        have = f"{min(there, count):,} of {frames(expected.number)}, {amount(probe.size)}"
+        return Outcome(Verdict.INCOMPLETE, have)
     if probe.size < whole:
         return Outcome(Verdict.INCOMPLETE, f"{there:,} of {frames(count)}, {progress(probe.size, whole)}")
-    if expected is not None and count > expected:
-        return Outcome(Verdict.SUSPECT, f"{frames(count)} where {expected:,} were expected")
+    measure = expected.measure(count)
+    if odd := expected.odd(count):
+        return Outcome(Verdict.SUSPECT, odd, measure=measure)
     if probe.size > whole:
-        more = probe.size - whole
-        return Outcome(Verdict.SUSPECT, f"all of {frames(count)}, and {more:,} bytes more than the header accounts for")
+        why = f"all of {frames(count)}, and {amount(probe.size - whole)} more than the header accounts for"
+        return Outcome(Verdict.SUSPECT, why, measure=measure)
     if options.get("zeros") == "suspect":
         tail = min(TAIL_BYTES, frame_bytes * count)
         if not any(probe.read(probe.size - tail, tail)):
-            return Outcome(Verdict.SUSPECT, f"all of {frames(count)}, but the last {tail:,} bytes are all zero")
-    return Outcome(Verdict.COMPLETE, f"all of {frames(count)}, {amount(probe.size)}")
+            why = f"all of {frames(count)}, but the last {tail:,} bytes are all zero"
+            return Outcome(Verdict.SUSPECT, why, measure=measure)
+    if expected.doubt:
+        return Outcome(expected.doubt[0], f"{frames(count)}, but {expected.doubt[1]}", measure=measure)
+    alike = ", as its siblings" if expected.usual is not None else ""
+    return Outcome(Verdict.COMPLETE, f"all of {frames(count)}, {amount(probe.size)}{alike}", measure=measure)
 
 
 def _header(header: bytes) -> tuple[int, int, int] | None:
