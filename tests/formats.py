@@ -41,6 +41,9 @@ class Bytes:
             raise TooMuch("beyond the budget")
         return found
 
+    def holes(self) -> bool:
+        return False
+
     def writers(self) -> bool | None:
         return self._open_for_writing
 

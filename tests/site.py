@@ -80,8 +80,9 @@ class Site:
         """Start the daemon; with `wait`, until its heartbeat says it watches. `options` are those of `serve`."""
         self.config.write_text(json.dumps(self.settings))
         with self.log.open("ab") as log:
+            serve = ("-m", "trigger_daemon", "serve", "--config", str(self.config), *options)
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-P", "-m", "trigger_daemon", "serve", "--config", str(self.config), *options],
+                [*prefix, sys.executable, "-P", *serve],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

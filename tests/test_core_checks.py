@@ -119,6 +119,41 @@ def test_a_set_that_grows_has_not_stalled_and_one_that_stands_still_has() -> Non
     assert not lab.closed
 
 
+def test_a_suspect_file_is_judged_again_when_its_companion_changes() -> None:
+    """The mdoc of a tilt series names a movie only when its tilt is done; nobody has to wait until a suspect may go."""
+    both = Complete(quiescence_s=10, checks=FRAMES, companions=(With("series.mdoc", "/data"),))
+    lab = Lab(rule(match=("{x}.tif",), complete=both))
+    lab.verdicts["a.tif"] = (Verdict.SUSPECT, "the mdoc does not name it")
+    lab.write("series.mdoc", 100)
+    lab.write("a.tif")
+    lab.run_for(60)
+    assert lab.explain("a.tif")[0]["because"] == "the mdoc does not name it"
+    lab.verdicts.clear()
+    lab.write("series.mdoc", 200, heard=False)
+    lab.run_for(30)
+
+    assert lab.batches() == [("a.tif", "series.mdoc")]
+    assert lab.closed[0][1].members[0].flag == ""
+
+
+def test_a_companion_that_changes_gives_a_suspect_file_no_new_delay() -> None:
+    """It goes, flagged, so long after its own last change, whatever happens beside it."""
+    both = Complete(quiescence_s=10, checks=FRAMES, companions=(With("series.mdoc", "/data"),), suspect_s=300)
+    lab = Lab(rule(match=("{x}.tif",), complete=both))
+    lab.verdicts["a.tif"] = (Verdict.SUSPECT, "the mdoc does not name it")
+    lab.write("a.tif")
+    for size in range(1, 8):
+        lab.write("series.mdoc", size, heard=False)
+        lab.run_for(40)
+    assert not lab.batches()
+    lab.run_for(60)
+
+    assert [record.members[0].flag for _, record in lab.closed] == ["suspect"]
+    lab.offer()
+    lab.run_for(1)
+    assert not lab.engine.timers._live
+
+
 def test_the_digest_that_a_file_carries_goes_into_the_manifest() -> None:
     """Of the version that was checked, and of no other."""
     lab = measuring()

@@ -31,15 +31,12 @@ CALLS_MAX = 200_000  # a writer that makes more hangs
 # What no look at the bytes can tell (docs/reference/rules.md): (writer, check with its options).
 VALID_AFTER_EACH_FRAME = "a TIFF is valid after each frame; only the expected number tells"
 HEADER_LAST = "all pixels are there, and the header, with its final number of frames, is written once more"
-SIZE_FIRST = "a memory-mapped file has its final header and size before its first frame"
 BLIND = {
     ("tifffile, frame by frame", "tiff"): VALID_AFTER_EACH_FRAME,
     ("tifffile, BigTIFF", "tiff"): VALID_AFTER_EACH_FRAME,
     ("simulator, TIFF movie", "tiff"): VALID_AFTER_EACH_FRAME,
     ("simulator, MRC movie", "mrc"): HEADER_LAST,
     ("simulator, MRC movie", "mrc: {frames: 6}"): HEADER_LAST,
-    ("mrcfile, memory-mapped", "mrc"): SIZE_FIRST,
-    ("mrcfile, memory-mapped", "mrc: {frames: 6}"): SIZE_FIRST,
 }
 
 FRAMES = {"frames": 6}

@@ -347,3 +347,18 @@ def test_a_name_that_is_no_utf8_can_be_judged(tmp_path: Path) -> None:
 
     with Probe(raw) as one, Probe(os.fsdecode(raw)) as other:
         assert one.name == other.name == "\udcff.mrc"
+
+
+@pytest.mark.parametrize(("written", "holes"), [(slice(0, 40_960), False), (slice(0, 8_192), True)])
+def test_a_file_whose_length_was_set_first_has_holes(shm_path: Path, written: slice, holes: bool) -> None:
+    """On a file system where every written byte has its block; small files are not judged."""
+    path = shm_path / "m.mrc"
+    with path.open("wb") as file:
+        file.truncate(40_960)
+        file.write(bytes(40_960)[written])
+    with Probe(path) as probe:
+        assert probe.holes() is holes
+    os.truncate(path, 0)
+    os.truncate(path, 12_000)
+    with Probe(path) as probe:
+        assert probe.holes() is False

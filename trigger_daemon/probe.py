@@ -32,6 +32,11 @@ OPEN_MAX = 16  # descriptors on companions at once; an Eiger set may have hundre
 NEEDS_MAX = 10_000  # names a check may ask for; beyond, it has misread something
 WHY_MAX = 500  # characters; a verdict is read by a person and kept in the journal
 
+# Where every written byte has its block: a file with fewer has holes, as a writer leaves that sets the length first.
+# Not btrfs and zfs, which may compress; small files may lie in their inode.
+BLOCK_TYPES = frozenset({"ext2", "ext3", "ext4", "xfs", "tmpfs"})
+HOLES_FROM_BYTES = 16 * 2**10
+
 PathName = str | bytes | os.PathLike[str]  # a str may hold surrogate escapes
 
 # Worst last; the verdict of a set is its worst.
@@ -115,6 +120,18 @@ class Probe:
             offset += len(part)
             length -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def holes(self) -> bool:
+        """Say whether parts of the file were surely never written; False where that cannot be told."""
+        if self.size < HOLES_FROM_BYTES:
+            return False
+        if self._fd < 0:
+            self._open()
+        blocks = getattr(os.fstat(self._fd), "st_blocks", None)  # of 512 bytes
+        if blocks is None or blocks * 512 >= self.size:
+            return False
+        mount = mounts.mount_of(os.path.realpath(self.path))
+        return mount is not None and mount.fstype in BLOCK_TYPES
 
     def writers(self) -> bool | None:
         """Say whether a program has the file open for writing; None where that cannot be told.

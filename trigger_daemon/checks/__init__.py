@@ -27,6 +27,9 @@ class Window(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Return up to `length` bytes at `offset`; raise probe.TooMuch beyond the budget."""
 
+    def holes(self) -> bool:
+        """Say whether parts of the file were surely never written; False where that cannot be told."""
+
     def writers(self) -> bool | None:
         """Say whether a program has the file open for writing, by a read lease; None where that cannot be told."""
 

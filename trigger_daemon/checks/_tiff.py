@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from trigger_daemon.checks import Outcome, Window
 from trigger_daemon.checks._frames import Expected, expect
-from trigger_daemon.checks._words import amount, frames
+from trigger_daemon.checks._words import NEVER_WRITTEN, amount, frames
 from trigger_daemon.core.model import Verdict
 
 DIRECTORIES_MAX = 20_000  # frames of the longest movies, with room; the byte budget ends most walks before
@@ -68,6 +68,8 @@ def judge(
     if must_be_eer and not walk.eer:
         return Outcome(Verdict.SUSPECT, f"a TIFF, but no EER: its first frame has compression {walk.compression}")
     verdict, why = _compare(walk, expected, probe.size, must_be_eer=must_be_eer)
+    if verdict in (Verdict.COMPLETE, Verdict.UNKNOWN) and probe.holes():
+        verdict, why = Verdict.SUSPECT, f"{frames(walk.frames)} by its length, {NEVER_WRITTEN}"
     return Outcome(verdict, why, measure=expected.measure(walk.frames))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+NEVER_WRITTEN = "but parts of it were never written (a program that sets the length first)"
+
 
 def amount(count: int) -> str:
     """Return a number of bytes for people: `84.0 MB`; below 10 kB the bytes themselves, where each one counts."""

@@ -1,8 +1,9 @@
 """Is an MRC image, stack or movie as long as its header says?
 
 The header alone cannot tell that a writer is still rewriting it, nor that a
-copy tool set the length first; the quiet period is for that. A stack that
-grows section by section looks whole after each: say `frames`.
+copy tool wrote zeros first; the quiet period is for that. A length that was
+set first is told by the file's holes, where the file system shows them. A
+stack that grows section by section looks whole after each: say `frames`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from trigger_daemon.checks import Outcome, Window
 from trigger_daemon.checks._frames import FRAMES, expect
-from trigger_daemon.checks._words import amount, frames, progress
+from trigger_daemon.checks._words import NEVER_WRITTEN, amount, frames, progress
 from trigger_daemon.core.grammar import Option, Options
 from trigger_daemon.core.model import Verdict
 
@@ -68,6 +69,8 @@ def check(probe: Window, options: Mapping[str, Any], companions: Mapping[str, Wi
         if not any(probe.read(probe.size - tail, tail)):
             why = f"all of {frames(count)}, but the last {tail:,} bytes are all zero"
             return Outcome(Verdict.SUSPECT, why, measure=measure)
+    if probe.holes():
+        return Outcome(Verdict.SUSPECT, f"all of {frames(count)} by its length, {NEVER_WRITTEN}", measure=measure)
     if expected.doubt:
         return Outcome(expected.doubt[0], f"{frames(count)}, but {expected.doubt[1]}", measure=measure)
     alike = ", as its siblings" if expected.usual is not None else ""

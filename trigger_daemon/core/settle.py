@@ -486,6 +486,7 @@ class Settling:
             for name in missing:
                 self._register(member, None, self.root, *split(join(member.dir, name)))
             self._await(member, f"needs {', '.join(missing[:3])}", fact.at)
+            self._look_at(member.companions, fact.at, always=True)
             return
         self._measured("", fact)
         if fact.verdict == Verdict.INCOMPLETE:
@@ -538,6 +539,8 @@ class Settling:
             self.queue.pop(member, None)  # and nothing else: a timer is set only when this stage is left
         else:
             self.timers.cancel(member)
+            if member.companions:
+                self.timers.cancel((member, "beside"))
         if self.agreed:
             self.agreed.pop(member, None)
         if self.first_seen:
@@ -568,6 +571,18 @@ class Settling:
         member.stage, member.why = SUSPECT, why
         since = member.looked
         self.timers.set(member, since + self.rule.complete.suspect_s, lambda now: self._suspect_goes(member, now))
+        self._look_beside(member, at)
+
+    def _look_beside(self, member: Member, at: float) -> None:
+        """Look at a suspect file's companions now and then: an mdoc may name it a minute later."""
+        if member.companions:
+            key = (member, "beside")
+            self.timers.set(key, at + self._companion_look_s, lambda now: self._beside_due(member, now))
+
+    def _beside_due(self, member: Member, now: float) -> None:
+        if member.stage == SUSPECT:
+            self._look_beside(member, now)
+            self._look_at(member.companions, now, always=True)
 
     def _suspect_goes(self, member: Member, now: float) -> None:
         member.flag = "suspect"
@@ -653,6 +668,12 @@ class Settling:
                 waiting = self._waiting_for(member, at)
                 if waiting:
                     member.why = waiting
+                else:
+                    self._judge(member, at)
+            elif member.stage in (SUSPECT, INCOMPLETE):  # what it lacked may have come
+                self.timers.cancel(member)
+                if waiting := self._waiting_for(member, at):
+                    self._await(member, waiting, at)
                 else:
                     self._judge(member, at)
             elif member.stage in (COMPLETE, CLOSING) or (member.stage == BLOCKED and companion.state is not None):
