@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from trigger_daemon.core.model import (
 from trigger_daemon.database import alive, holder
 from trigger_daemon.errors import JournalConflict, JournalError, JournalFull
 from trigger_daemon.journal import ClaimReader, Journal, Reader, RootIdentity, migrate
+from trigger_daemon.reader import members_of
 
 ODD = "d\udcffr"  # a name that is no UTF-8
 FAR = 13_569_465_600 * 10**9  # an mtime in the year 2400: more than 64 bits of nanoseconds
@@ -207,6 +208,21 @@ def test_members_and_claims_keep_names_and_times_exactly(journal: Journal) -> No
     assert reader.directory(1, ODD) == (1, {ODD: [(1, 10, FAR, 1)], "gain": [(0, 12, 5, 1)]})
     assert reader.directory(1, "") == (1, {'quote " back \\ ünï': [(1, 11, -FAR, 1)]})
     assert list(reader.directories(1)) == ["", ODD]
+    assert journal.check() == []
+
+
+def test_a_manifest_of_an_earlier_version_has_no_own_digests(state_dir: Path, journal: Journal) -> None:
+    """Rows of seven load as before; rows of eight say what a file carries, and `runs show` shows it."""
+    own = "md5:0123456789abcdef0123456789abcdef:4000:20"
+    journal.append([batch(1), batch(2, members=[Member(1, "s", "x.cbf", 5000, 7, "", "", own)])])
+    with closing(sqlite3.connect(journal.path)) as sql, sql:
+        sql.execute("UPDATE batch SET manifest = ? WHERE id = 1", ('[[1,"s","f1",10,7,"",""]]',))
+    reader = Reader(state_dir)
+
+    assert journal.manifest(1) == (Member(1, "s", "f1", 10, 7),)
+    assert journal.manifest(2) == (Member(1, "s", "x.cbf", 5000, 7, content=own),)
+    assert [run["manifest"][0]["content"] for run in (reader.run(1), reader.run(2)) if run] == ["", own]
+    assert [run["manifest"][0]["content_proved"] for run in (reader.run(1), reader.run(2)) if run] == [False, False]
     assert journal.check() == []
 
 
@@ -1122,3 +1138,9 @@ def test_a_closed_journal_is_whole_without_its_wal(tmp_path: Path) -> None:
 
     assert sqlite3.connect(copy).execute("SELECT count(*) FROM run").fetchone() == (1,)
     reader.close()
+
+
+def test_a_manifest_of_the_first_version_still_loads() -> None:
+    """It had no column for the digest that a file carries itself."""
+    assert members_of('[[1,"d","n",5,7,"","suspect"]]') == (Member(1, "d", "n", 5, 7, "", "suspect", ""),)
+    assert members_of('[[1,"","n",5,7,"","","md5:00:0:1"]]')[0].content == "md5:00:0:1"

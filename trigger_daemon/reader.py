@@ -390,6 +390,8 @@ def _manifest(manifest: str | None, proof: str | None, roots: Mapping[int, str])
                 "role": member.role,
                 "flag": member.flag,
                 "to": [record["to"] for record in records if record.get("to") is not None],
+                "content": member.content,
+                "content_proved": bool(records) and all(record.get("content") for record in records),
             }
         )
     return shown

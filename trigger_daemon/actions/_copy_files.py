@@ -28,6 +28,7 @@ AWAY = frozenset({
     errno.ENXIO, errno.EREMOTEIO, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETDOWN,
     errno.ENETUNREACH, errno.EBUSY, errno.EAGAIN, errno.EINTR, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.ETXTBSY,
 })  # fmt: skip
+_CONTENT = re.compile(r"(md5):([0-9a-f]{32}):([0-9]{1,18}):([0-9]{1,18})", re.IGNORECASE)
 _TEMP = re.compile(rb"\.(?P<name>.*)\.(?P<owner>[0-9a-f]{6})(?P<file>[0-9a-f]{6})"
                    rb"\.(?P<version>[0-9a-f]{8})\.(?P<run>\d+)-(?P<attempt>\d+)\.part", re.DOTALL)  # fmt: skip
 
@@ -68,6 +69,47 @@ class Changed(Exception):
 
 class Differs(Exception):
     """What was read back is not what was written."""
+
+
+class OwnDigest:
+    """The digest that a file carries of a part of itself, and that of this part as it is read.
+
+    `content` is md5:HEX:OFFSET:LENGTH, from the manifest. Raises Trouble if it
+    is not, or if the part does not lie in the file.
+    """
+
+    def __init__(self, content: str, size: int, path: bytes) -> None:
+        found = _CONTENT.fullmatch(content)
+        if found is None:
+            raise self._useless(path, f"{content[:100]!r} in its manifest is no digest of a part of it")
+        self.said = f"md5:{found[2].lower()}"
+        self.path = path
+        self.begin = int(found[3])
+        self.end = self.begin + int(found[4])
+        if self.end > size:
+            raise self._useless(path, f"its own digest is of bytes {self.begin:,} to {self.end:,}, and it has {size:,}")
+        self._found = hashlib.md5(usedforsecurity=False)
+
+    def _useless(self, path: bytes, why: str) -> Trouble:
+        return Trouble("permanent", "file", f"{printable(path)}: {why}",
+                       "report this as a fault of the check; `own_digest: ignore` copies the file without it")
+
+    def feed(self, view: memoryview, offset: int) -> None:
+        """Take in what the file has at `offset`. Everything must come once, in order: what is left out differs."""
+        begin, end = max(self.begin - offset, 0), min(self.end - offset, len(view))
+        if begin < end:
+            self._found.update(view[begin:end])
+
+    def check(self) -> None:
+        """Raise Trouble if the part is not what the file says of it."""
+        found = f"md5:{self._found.hexdigest()}"
+        if found != self.said:
+            raise Trouble("person", "file",
+                          f"{printable(self.path)}: the image does not match its own Content-MD5: it was damaged "
+                          f"before it was copied (bytes {self.begin:,} to {self.end:,} have {found}, "
+                          f"the file says {self.said})",
+                          "suspect the disk, its cable or memory at the source; `trigger-daemon runs retry` reads it "
+                          "again, `own_digest: ignore` copies it as it is")
 
 
 def at_destination(fault: OSError, doing: str, path: bytes) -> Trouble:
@@ -266,8 +308,10 @@ def open_past_cache(path: bytes, direct: bool) -> tuple[int, bool]:
     return os.open(path, flags), False
 
 
-def read_back(path: bytes, make: Callable[[], Hash], pace: Pace, *, direct: bool) -> tuple[str, os.stat_result, bool]:
-    """Return digest and state of a file as the disk has it, and whether O_DIRECT served it.
+def read_back(
+    path: bytes, make: Callable[[], Hash], pace: Pace, *, direct: bool, own: OwnDigest | None = None
+) -> tuple[str, os.stat_result, bool]:
+    """Return digest and state of a file as the disk has it, and whether O_DIRECT served it; `own` is fed with it.
 
     Where O_DIRECT is refused the page cache is dropped first, which needs the
     file to be synced: dirty pages would stay and be read instead of the disk.
@@ -297,6 +341,8 @@ def read_back(path: bytes, make: Callable[[], Hash], pace: Pace, *, direct: bool
             if n == 0:
                 raise Differs("ended before its size")
             whole.update(buffer[:n])
+            if own is not None:
+                own.feed(buffer[:n], offset)
             offset += n
         if not direct:
             drop_cached(fd)

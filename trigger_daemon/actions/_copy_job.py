@@ -27,6 +27,7 @@ from trigger_daemon.actions._copy_files import (
     Changed,
     Differs,
     Hash,
+    OwnDigest,
     Source,
     Trouble,
     at_destination,
@@ -73,6 +74,11 @@ class File:
     size: int
     mtime_ns: int
     source: bytes
+    content: str = ""  # md5:HEX:OFFSET:LENGTH where the file carries a digest that is to be verified
+
+    def own_digest(self) -> OwnDigest | None:
+        """Return a new check of the digest that the file carries, None without one. Raises Trouble."""
+        return OwnDigest(self.content, self.size, self.source) if self.content else None
 
     def identity(self) -> bytes:
         """Return what tells this file from all others, whichever version it has."""
@@ -146,8 +152,8 @@ class Job:
         self.pace = pace
         self.memory = memory
         self.files = [
-            File(i, root, path, size, mtime_ns, os.fsencode(root) + b"/" + os.fsencode(path))
-            for i, (root, path, size, mtime_ns) in enumerate(order["files"])
+            File(i, root, path, size, mtime_ns, os.fsencode(root) + b"/" + os.fsencode(path), content)
+            for i, (root, path, size, mtime_ns, content) in enumerate(order["files"])
         ]
         self.dests = [
             Destination(i, os.fsencode(path), os.fsencode(static)) for i, (path, static) in enumerate(order["to"])
@@ -165,6 +171,7 @@ class Job:
         self.differs: dict[str, str] = {}
         self.troubles: list[Trouble] = []
         self.redo: dict[int, File] = {}
+        self.damaged: set[int] = set()  # files that do not match their own digest
         self.second = False
         self.hows: set[str] = set()
         self.fresh: set[bytes] = set()  # directories with new directories in them
@@ -299,6 +306,14 @@ class Job:
         else:
             self.troubles.append(trouble)
 
+    def refuse(self, unit: Unit, trouble: Trouble) -> None:
+        """Throw away a copy of what was damaged at the source; told once a file, however many destinations it has."""
+        self._unlink([unit.temp])
+        unit.temp = b""
+        if unit.file.index not in self.damaged:
+            self.damaged.add(unit.file.index)
+            self.troubles.append(trouble)
+
     def done(self, unit: Unit) -> None:
         """Count one file at one destination as finished."""
         self.hexes[unit.file.index, unit.dest.index] = unit.digest
@@ -316,9 +331,13 @@ class Job:
     # ------------------------------------------------------------ what stands there
 
     def _wanted(self, file: File, group: Group) -> list[Unit]:
-        """Return where a file still has to be written; note what is done, and what stands in the way."""
+        """Return where a file still has to be written; note what is done, and what stands in the way.
+
+        Raises Trouble for a file that cannot be copied anywhere.
+        """
         wanted = []
         self.pace.check()
+        file.own_digest()  # one that nothing could match stops the file before anything is read
         for dest in self.dests:
             if dest.trouble or (file.index, dest.index) in self.hexes:
                 continue
@@ -342,12 +361,14 @@ class Job:
             temp, inode, size, mtime_ns, record = known
             unit.digest = record["digest"].partition(":")[2]
             unit.how = record["read_back"]
-            if there and (inode_key(there.st_ino), there.st_size, there.st_mtime_ns) == (inode, size, mtime_ns):
+            enough = _proves_own(unit.file, record)
+            if (enough and there
+                    and (inode_key(there.st_ino), there.st_size, there.st_mtime_ns) == (inode, size, mtime_ns)):
                 # Proven by an attempt that was cut short; the name may not be durable yet.
                 fsync_directory(unit.target.rpartition(b"/")[0])
                 self.done(unit)
                 return False
-            waiting = _state(temp) if temp else None
+            waiting = _state(temp) if temp and enough else None
             if waiting and (inode_key(waiting.st_ino), waiting.st_size, waiting.st_mtime_ns) == (inode, size, mtime_ns):
                 unit.replaces = there is not None
                 if there is None or self._is_earlier(unit, there):
@@ -400,6 +421,7 @@ class Job:
     def _prove(self, unit: Unit) -> bool:
         """Read source and target, whole; record the proof if they are equal. Raises Changed, Trouble, OSError."""
         file, dest = unit.file, unit.dest
+        own = file.own_digest()
         self.pace.doing = "reading " + file.path
         source = Source(file.source, file.size, file.mtime_ns, os.fsencode(file.root))
         try:
@@ -411,11 +433,13 @@ class Job:
         self.pace.doing = "reading back " + printable(unit.target)
         fsync_path(unit.target, os.O_NOFOLLOW)
         try:
-            digest, state, direct = read_back(unit.target, self.make, self.pace, direct=dest.direct)
+            digest, state, direct = read_back(unit.target, self.make, self.pace, direct=dest.direct, own=own)
         except Differs:
             return False
         if digest != whole.hexdigest():
             return False
+        if own:
+            own.check()
         fsync_directory(unit.target.rpartition(b"/")[0])
         unit.digest, unit.inode, unit.mtime_ns = digest, state.st_ino, state.st_mtime_ns
         unit.how = self.how(dest, direct)
@@ -437,6 +461,8 @@ class Job:
             "digest": f"{self.digest}:{unit.digest}", "to": os.fsdecode(unit.target), "to_inode": unit.inode,
             "to_mtime_ns": unit.mtime_ns, "read_back": unit.how, "attempt": self.attempt,
         }  # fmt: skip
+        if own := file.own_digest():
+            record["content"] = own.said
         return Proven(file.index, unit.dest.index, unit.target, unit.temp, unit.inode, file.size, unit.mtime_ns, record,
                       file.identity(), unit.wrote[0] if unit.wrote else None)
 
@@ -473,7 +499,8 @@ class Job:
             Source(file.source, file.size, file.mtime_ns, os.fsencode(file.root)).close()
             return "is missing"
         known = self.proven.get((unit.file.index, unit.dest.index))
-        if known and (inode_key(there.st_ino), there.st_size, there.st_mtime_ns) == known[1:4]:
+        if (known and (inode_key(there.st_ino), there.st_size, there.st_mtime_ns) == known[1:4]
+                and _proves_own(unit.file, known[4])):
             self.done(unit)
             return ""
         if self._is_source(unit, there):
@@ -688,7 +715,8 @@ class Job:
         try:
             if fail_point("copy.flip"):
                 damage(unit.temp, unit.file.size // 2)
-            digest, state, direct = read_back(unit.temp, self.make, self.pace, direct=unit.dest.direct)
+            own = unit.file.own_digest()
+            digest, state, direct = read_back(unit.temp, self.make, self.pace, direct=unit.dest.direct, own=own)
         except OSError as fault:
             self.again(unit, at_destination(fault, "read back", unit.target))
         except Differs:
@@ -698,6 +726,12 @@ class Job:
                 self.again(unit, reads_differently(unit))
                 return
             unit.dest.direct = direct
+            if own:
+                try:
+                    own.check()
+                except Trouble as trouble:
+                    self.refuse(unit, trouble)
+                    return
             unit.how = self.how(unit.dest, direct)
 
     def put_in_place(self, units: Sequence[Unit]) -> None:
@@ -790,6 +824,13 @@ class Job:
                 self.note_at(dest, fault, "write", directory + b"/" + self.sums)
             finally:
                 self.locks.give(lock)
+
+
+def _proves_own(file: File, record: Mapping[str, Any]) -> bool:
+    """Tell whether a proof says as much of the file's own digest as is asked for now."""
+    own = file.own_digest()
+    return own is None or record.get("content") == own.said
+
 
 def reads_differently(unit: Unit) -> Trouble:
     return Trouble("person", "destination",

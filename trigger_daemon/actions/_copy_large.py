@@ -62,6 +62,7 @@ class Sink:
         self.segment_blocks = job.segment_bytes // BLOCK
         self.writer = ThreadPoolExecutor(1, "write")
         self.checker = ThreadPoolExecutor(1, "read-back")
+        self.own = unit.file.own_digest()
         self.broken: OSError | None = None
         self.pending: deque[Future[Any]] = deque()
         try:
@@ -99,6 +100,7 @@ class Sink:
     def begin_anew(self) -> None:
         """Believe nothing of what an earlier attempt left."""
         self.blocks.clear()
+        self.own = self.unit.file.own_digest()
         self.job.store.begin_part(*self.key, self.unit.temp, self.version)
 
     def submit_write(self, view: memoryview, offset: int) -> Future[Any]:
@@ -162,7 +164,10 @@ class Sink:
         fail_point("copy.large_segment")
 
     def read_blocks(self, first: int, count: int, whole: Hash | None) -> None:
-        """Compare blocks on the disk with their digests; raise Differs. `whole` is fed with them."""
+        """Compare blocks on the disk with their digests; raise Differs. `whole` and the own digest are fed with them.
+
+        Each block comes here once, in order: what an earlier attempt left first, then the segments.
+        """
         buffer = aligned_buffer(BLOCK)
         size = self.unit.file.size
         if not self.back_direct:
@@ -176,6 +181,8 @@ class Sink:
                 raise Differs(f"block {number} differs")
             if whole is not None:
                 whole.update(buffer[:length])
+            if self.own is not None:
+                self.own.feed(buffer[:length], number * BLOCK)
         if not self.back_direct:
             drop_cached(self.back, first * BLOCK, count * BLOCK)
 
@@ -197,8 +204,13 @@ class Sink:
             got += n
 
     def finish(self, digest: str, mtime_ns: int, atime_ns: int) -> None:
-        """Wait for all segments, then make size and times durable. Raises Differs, OSError, Cancelled."""
+        """Wait for all segments, then make size and times durable. Raises Differs, OSError, Cancelled.
+
+        Raises Trouble if the file does not match its own digest.
+        """
         self.wait()
+        if self.own is not None:
+            self.own.check()
         unit = self.unit
         os.ftruncate(self.fd, unit.file.size)
         os.utime(self.fd, ns=(atime_ns, mtime_ns))
@@ -259,6 +271,9 @@ def copy_large(job: Job, file: File, units: Sequence[Unit]) -> None:
                 sink.finish(digest, file.mtime_ns, source.state.st_atime_ns)
             except (OSError, Differs) as fault:
                 _drop(job, sinks, sink, fault)
+            except Trouble as trouble:
+                job.store.end_part(*sink.key)
+                job.refuse(sink.unit, trouble)
             else:
                 placed.append(sink.unit)
     except (Changed, Cancelled):

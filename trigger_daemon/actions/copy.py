@@ -52,6 +52,8 @@ class Action:
                             default="hold", choices=("hold", "replace")),
         "digest": Option("enum", "what content is hashed with; absent: xxh3, or what the name of `sums` says",
                          choices=DIGESTS),
+        "own_digest": Option("enum", "the digest that a file carries itself (Content-MD5 of CBF): ignore or verify it",
+                             default="ignore", choices=("ignore", "verify")),
         "sums": Option("text", "keep a list of digests under this name in each target directory, such as SHA256SUMS",
                        template=True),
         "bandwidth": Option("rate", "read no faster than this, for each run"),
@@ -206,9 +208,11 @@ class Action:
         to = [(os.path.normpath(path), _static(os.path.normpath(path), values)) for path in _paths(options)]
         _refuse_impossible(request, [path for path, _ in to])
         settings = self._context.settings
+        verifies = options.get("own_digest", "ignore") == "verify"
         return {
             "do": do, "run": request.run, "attempt": request.attempt, "owner": self._owner,
-            "files": [(file.root.rstrip("/"), file.path, file.size, file.mtime_ns) for file in request.files],
+            "files": [(file.root.rstrip("/"), file.path, file.size, file.mtime_ns, file.content if verifies else "")
+                      for file in request.files],
             "to": to, "layout": options.get("layout", "keep"), "if_exists": options.get("if_exists", "hold"),
             "digest": _digest(options), "sums": options.get("sums"),
             "bandwidth": options.get("bandwidth"), "state_dir": self._context.state_dir,
