@@ -24,7 +24,7 @@ import xxhash
 from fuse_share import Share
 from trigger_daemon import failpoints
 from trigger_daemon.actions import Action as Provider
-from trigger_daemon.actions import Context, Differs, File, Progress, Proof, Refused, Request
+from trigger_daemon.actions import Context, Differs, File, Progress, Proof, Refused, Request, Unproven
 from trigger_daemon.actions._copy_sums import said_by
 from trigger_daemon.actions.copy import Action
 from trigger_daemon.core.grammar import OptionFault
@@ -597,6 +597,184 @@ def test_a_source_written_to_while_copied_with_its_time_put_back_is_read_again(l
 
     assert progress.status == "failed" and progress.fault is not None and progress.fault.kind == "transient"
     assert "a" not in lab.there() and progress.changed == ()  # the same version: nobody else would send it
+
+
+# ----------------------------------------------------------- what a file says of itself
+
+
+HEADER = b"Content-MD5: ...\r\n\x0c\x1a\x04\xd5"
+
+
+def image(lab: Lab, name: str, size: int, *, flip: int | None = None) -> File:
+    """Write an image with a payload of `size` bytes, whose byte `flip` was damaged after its digest was made."""
+    payload = bytearray(noise(size, len(name)))
+    said = hashlib.md5(payload).hexdigest()
+    if flip is not None:
+        payload[flip] ^= 1
+    lab.write(name, HEADER + payload + b"\r\n--end--;\r\n")
+    state = os.stat(lab.source / name)
+    content = f"md5:{said}:{len(HEADER)}:{size}"
+    return File(str(lab.source), name, state.st_size, state.st_mtime_ns, content=content)
+
+
+def images(lab: Lab, *files: File, run: int = 1, attempt: int = 1, own_digest: str = "verify", **more: Any) -> Request:
+    options = {"to": [str(lab.archive)], "own_digest": own_digest, **more}
+    return Request(run, attempt, "r", {}, {}, files, options)
+
+
+def held_for(progress: Progress, name: str) -> bool:
+    """Tell whether a person is asked about this image, and told where it was damaged."""
+    fault = progress.fault
+    return (progress.status == "failed" and fault is not None and bool(fault.hint)
+            and (fault.kind, fault.scope) == ("person", Scope.FILE) and f"/{name}: " in fault.why
+            and "does not match its own Content-MD5: it was damaged before it was copied" in fault.why)  # fmt: skip
+
+
+LARGE_AT = 20 * MIB - 1  # in the last of three segments
+
+
+@pytest.mark.parametrize("size", [1, 100_000, 3 * MIB + 5, 20 * MIB])
+def test_an_intact_image_is_proved_against_its_own_digest(lab: Lab, size: int) -> None:
+    """The proof says which digest of the file itself was verified, and says nothing for files without one."""
+    lab.settings["large_bytes"] = 8 * MIB
+    plain = lab.write("plain", b"1")
+    file = image(lab, "x.cbf", size)
+    request = images(lab, file, *lab.request(plain).files)
+    progress = lab.run(request)
+    assert progress.status == "succeeded", progress
+
+    first, second = lab.prove(request).members
+    assert first["content"] == "md5:" + file.content.split(":")[1] and "content" not in second
+    lab.action.forget(request.run)
+    assert lab.prove(request).members[0]["content"] == first["content"]
+
+
+@pytest.mark.parametrize(("size", "flip"), [(100_000, 0), (100_000, 99_999), (20 * MIB, 0), (20 * MIB, LARGE_AT)])
+@pytest.mark.parametrize("others", [1, 30])
+def test_an_image_damaged_before_the_copy_is_held_and_the_others_are_copied(
+    lab: Lab, size: int, flip: int, others: int
+) -> None:
+    """A byte flipped after the detector's digest: no final name, nothing temporary; what is intact is proved."""
+    second = lab.base / "second"
+    second.mkdir()
+    good = [image(lab, f"d/good{i}.cbf", 5_000 + i) for i in range(others)] + [image(lab, "large.cbf", 9 * MIB)]
+    bad = image(lab, "d/bad.cbf", size, flip=flip)
+    to = [str(lab.archive), str(second)]
+    progress = lab.run(images(lab, good[0], bad, *good[1:], to=to, sums="SHA256SUMS"))
+
+    assert held_for(progress, "d/bad.cbf") and progress.fault and "more)" not in progress.fault.why
+    for place in (lab.archive, second):
+        there = {name for name in lab.there(place) if not name.endswith("SHA256SUMS")}
+        assert there == {file.path for file in good}
+        assert b"bad.cbf" not in (place / "d" / "SHA256SUMS").read_bytes()
+    assert len(lab.prove(images(lab, *good, to=to)).members) == 2 * len(good)
+
+
+@pytest.mark.parametrize("size", [100_000, 20 * MIB])
+def test_without_the_option_an_image_is_copied_as_it_is(lab: Lab, size: int) -> None:
+    """`own_digest: ignore`, and requests of earlier versions: the copy equals the source, and that is all it says."""
+    bad = image(lab, "bad.cbf", size, flip=7)
+    for run, request in enumerate((images(lab, bad, own_digest="ignore"), lab.request("bad.cbf", run=2)), 1):
+        assert lab.run(request).status == "succeeded", run
+        assert lab.there() == {"bad.cbf": (lab.source / "bad.cbf").read_bytes()}
+        assert "content" not in lab.prove(request).members[0]
+
+
+@pytest.mark.parametrize("size", [100_000, 3 * MIB])
+def test_an_equal_target_is_no_proof_of_a_damaged_image(lab: Lab, size: int) -> None:
+    """Both sides may have the same damage: the file's own digest is asked there too, in `start` and in `verify`."""
+    bad, good = image(lab, "bad.cbf", size, flip=7), image(lab, "good.cbf", size)
+    for file in (bad, good):
+        shutil.copy(lab.source / file.path, lab.archive / file.path)
+    found = lab.action.verify(images(lab, bad, good), None)
+    assert isinstance(found, Unproven) and "its own Content-MD5" in found.fault.why and found.fault.kind == "person"
+
+    assert held_for(lab.run(images(lab, bad, good, run=2)), "bad.cbf")
+    assert held_for(lab.run(images(lab, bad, good, run=3, if_exists="replace")), "bad.cbf")
+    assert "content" in lab.prove(images(lab, good, run=4)).members[0]
+
+
+def test_a_source_that_rotted_does_not_go_over_its_good_copy(lab: Lab) -> None:
+    """What was copied while it was intact stays, whatever the disk makes of the source later."""
+    good = image(lab, "x.cbf", 100_000)
+    assert lab.run(images(lab, good)).status == "succeeded"
+    content = lab.there()
+    rotten = image(lab, "x.cbf", 100_000, flip=7)
+    os.utime(lab.source / "x.cbf", ns=(0, good.mtime_ns))
+    progress = lab.run(images(lab, dataclasses.replace(rotten, mtime_ns=good.mtime_ns), run=2))
+
+    assert held_for(progress, "x.cbf")
+    assert lab.there() == content
+
+
+@pytest.mark.parametrize("point", ["copy.written", "copy.synced", "copy.verified", "copy.proved", "copy.renamed"])
+def test_a_repeated_attempt_does_not_skip_the_own_digest(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Whatever step the worker died at, the repetition holds what is damaged and proves the rest in full."""
+    bad, good = image(lab, "bad.cbf", 50_000, flip=7), image(lab, "good.cbf", 50_000)
+    monkeypatch.setenv("TRIGGER_FAIL", f"{point}:kill@1")
+    assert not held_for(lab.run(images(lab, bad, good)), "bad.cbf")
+    monkeypatch.delenv("TRIGGER_FAIL")
+    lab.restart()
+
+    assert held_for(lab.run(images(lab, bad, good, attempt=2)), "bad.cbf")
+    assert list(lab.there()) == ["good.cbf"]
+    assert "content" in lab.prove(images(lab, good)).members[0]
+
+
+@pytest.mark.parametrize("flip", [None, 0, LARGE_AT])
+def test_a_resumed_large_image_is_proved_as_a_whole(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, flip: int | None
+) -> None:
+    """What an earlier attempt left counts too: its damage is found, and without damage nothing is copied twice."""
+    file = image(lab, "l.cbf", 20 * MIB, flip=flip)
+    monkeypatch.setenv("TRIGGER_FAIL", "copy.large_segment:kill@2")
+    assert lab.run(images(lab, file)).status == "failed"
+    monkeypatch.delenv("TRIGGER_FAIL")
+    lab.restart()
+    progress = lab.run(images(lab, file, attempt=2))
+
+    assert progress.output["resumed_bytes"] == 16 * MIB
+    if flip is None:
+        assert progress.status == "succeeded" and "content" in lab.prove(images(lab, file)).members[0]
+    else:
+        assert held_for(progress, "l.cbf") and lab.there() == {}
+
+
+@pytest.mark.parametrize(("point", "left"), [("copy.proved", []), ("copy.renamed", ["bad.cbf"])])
+def test_a_proof_without_the_own_digest_is_not_enough_for_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, point: str, left: list[str]
+) -> None:
+    """What was proved while nobody asked for the file's own digest is proved again once somebody does."""
+    bad = image(lab, "bad.cbf", 50_000, flip=7)
+    monkeypatch.setenv("TRIGGER_FAIL", f"{point}:kill@1")
+    assert lab.run(images(lab, bad, own_digest="ignore")).status == "failed"
+    monkeypatch.delenv("TRIGGER_FAIL")
+    lab.restart()
+
+    assert held_for(lab.run(images(lab, bad, attempt=2)), "bad.cbf")
+    assert list(lab.there()) == left
+    assert not isinstance(lab.action.verify(images(lab, bad), None), Proof)
+
+
+@pytest.mark.parametrize("content", [
+    "md5", "md5:xyz:0:1", f"sha1:{'0' * 32}:0:1", f"md5:{'0' * 32}:-1:1", f"md5:{'0' * 32}:0", f"md5:{'0' * 32}:0:1:2",
+    f"md5:{'0' * 32}:0:1025", f"md5:{'0' * 32}:1025:0", f"md5:{'0' * 32}:999999999999999999:1",
+    f"md5:{'0' * 32}:{'9' * 5000}:1", f"md5:{'0' * 32}:\u0661:1", "\udcff",
+])  # fmt: skip
+def test_a_digest_that_no_file_could_match_is_a_fault_of_this_file(lab: Lab, content: str) -> None:
+    """Malformed, or of bytes the file does not have: said of this file, for good; the others are copied."""
+    for name in ("a", "b"):
+        lab.write(name, b"x" * 1024)
+    wrong, right = lab.request("a", "b").files
+    wrong = dataclasses.replace(wrong, content=content)
+    progress = lab.run(images(lab, wrong, right))
+
+    assert progress.fault is not None and progress.fault.hint and f"{lab.source}/a: " in progress.fault.why
+    assert (progress.fault.kind, progress.fault.scope) == ("permanent", Scope.FILE)
+    assert lab.there() == {"b": b"x" * 1024}
+    assert not isinstance(lab.action.verify(images(lab, wrong, right), None), Proof)
 
 
 # ------------------------------------------------------------- disks that misbehave

@@ -1,4 +1,4 @@
-"""`own_digest: verify`: what a file says of itself (Content-MD5 of CBF) is proved before it gets its final name."""
+"""`own_digest: verify` over kills, and from the check to the proof. Its laws one by one are in `test_copy.py`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from test_copy import DAEMON, MIB, PATIENCE_S, Lab, noise
 from tests.site import Site
 from trigger_daemon import failpoints, simulator
 from trigger_daemon.actions import Request
-from trigger_daemon.core.model import Scope
 
 OFFSET = 1_000
-SMALL_BYTES, LARGE_BYTES = 50_000, 20 * MIB + 12_345
+LARGE_BYTES = 20 * MIB + 12_345
 
 
 @pytest.fixture
@@ -50,43 +49,6 @@ def flipped(data: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("size", [SMALL_BYTES, LARGE_BYTES])
-def test_a_file_that_is_what_it_says_is_proved_as_such(lab: Lab, size: int) -> None:
-    """The proof tells that it was; small files and large ones."""
-    data = noise(size)
-    lab.write("x", data)
-    request = carrying(lab.request("x", own_digest="verify"), x=own(data))
-
-    assert lab.run(request).status == "succeeded"
-    (member,) = lab.prove(request).members
-    assert own(data).startswith(f"{member['content']}:{OFFSET}:")
-    assert lab.there() == {"x": data}
-
-
-@pytest.mark.parametrize("size", [SMALL_BYTES, LARGE_BYTES])
-def test_a_file_damaged_before_it_was_copied_gets_no_name(lab: Lab, size: int) -> None:
-    """A bit that flipped after the detector's digest: a person is asked; the others of the batch are there, proved."""
-    data, other = noise(size), noise(3_000, seed=1)
-    lab.write("x", flipped(data))
-    lab.write("y", other)
-    progress = lab.run(carrying(lab.request("x", "y", own_digest="verify"), x=own(data), y=own(other)))
-
-    assert progress.status == "failed"
-    assert progress.fault is not None
-    assert (progress.fault.kind, progress.fault.scope) == ("person", Scope.FILE)
-    assert "x: the image does not match its own Content-MD5: it was damaged before it was copied" in progress.fault.why
-    assert lab.there() == {"y": other}
-
-
-def test_without_the_option_the_file_is_copied_as_it_is(lab: Lab) -> None:
-    """Then its digest is in the manifest, for whoever wants to look."""
-    data = noise(SMALL_BYTES)
-    lab.write("x", flipped(data))
-
-    assert lab.run(carrying(lab.request("x"), x=own(data))).status == "succeeded"
-    assert lab.there() == {"x": flipped(data)}
-
-
 def test_a_mended_file_goes_with_its_next_attempt(lab: Lab) -> None:
     """The disk read wrongly once; nothing of the first attempt is believed."""
     data = noise(LARGE_BYTES)
@@ -98,31 +60,6 @@ def test_a_mended_file_goes_with_its_next_attempt(lab: Lab) -> None:
 
     assert lab.run(again).status == "succeeded"
     assert lab.there() == {"x": data}
-
-
-@pytest.mark.parametrize("damaged", [True, False])
-def test_equal_content_at_the_target_is_proof_only_if_it_is_what_it_says(lab: Lab, damaged: bool) -> None:
-    """What somebody copied before may have been damaged before that."""
-    data = noise(SMALL_BYTES)
-    content = flipped(data) if damaged else data
-    lab.write("x", content)
-    (lab.archive / "x").write_bytes(content)
-    progress = lab.run(carrying(lab.request("x", own_digest="verify"), x=own(data)))
-
-    assert progress.status == ("failed" if damaged else "succeeded")
-    assert lab.there() == {"x": content}
-
-
-@pytest.mark.parametrize("content", ["md5:zz:0:1", "sha256:00:0:1", "x" * 10_000, f"md5:{'0' * 32}:0:99999999"])
-def test_a_digest_that_makes_no_sense_is_the_files_fault_alone(lab: Lab, content: str) -> None:
-    """Of a part that the file does not have, or no digest at all: told, and the other file is copied."""
-    lab.write("x", noise(SMALL_BYTES))
-    lab.write("y", b"y" * 10)
-    progress = lab.run(carrying(lab.request("x", "y", own_digest="verify"), x=content))
-
-    assert progress.fault is not None
-    assert (progress.status, progress.fault.kind, progress.fault.scope) == ("failed", "permanent", Scope.FILE)
-    assert lab.there() == {"y": b"y" * 10}
 
 
 @pytest.mark.parametrize("damaged", [True, False])

@@ -52,7 +52,6 @@ from trigger_daemon.core.model import (
 from trigger_daemon.database import alive, holder
 from trigger_daemon.errors import JournalConflict, JournalError, JournalFull
 from trigger_daemon.journal import ClaimReader, Journal, Reader, RootIdentity, migrate
-from trigger_daemon.reader import members_of
 
 ODD = "d\udcffr"  # a name that is no UTF-8
 FAR = 13_569_465_600 * 10**9  # an mtime in the year 2400: more than 64 bits of nanoseconds
@@ -1138,9 +1137,3 @@ def test_a_closed_journal_is_whole_without_its_wal(tmp_path: Path) -> None:
 
     assert sqlite3.connect(copy).execute("SELECT count(*) FROM run").fetchone() == (1,)
     reader.close()
-
-
-def test_a_manifest_of_the_first_version_still_loads() -> None:
-    """It had no column for the digest that a file carries itself."""
-    assert members_of('[[1,"d","n",5,7,"","suspect"]]') == (Member(1, "d", "n", 5, 7, "", "suspect", ""),)
-    assert members_of('[[1,"","n",5,7,"","","md5:00:0:1"]]')[0].content == "md5:00:0:1"

@@ -109,7 +109,7 @@ class OwnDigest:
                           f"before it was copied (bytes {self.begin:,} to {self.end:,} have {found}, "
                           f"the file says {self.said})",
                           "suspect the disk, its cable or memory at the source; `trigger-daemon runs retry` reads it "
-                          "again, `own_digest: ignore` copies it as it is")
+                          "again; to send it as it is, say `own_digest: ignore`, then `files resend`")
 
 
 def at_destination(fault: OSError, doing: str, path: bytes) -> Trouble:
