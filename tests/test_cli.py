@@ -551,7 +551,7 @@ def test_orders_on_runs_and_rules_are_carried_out(busy):
     about = stage(busy, "archive", "monday", "b.tif")
     assert "resumed" in waiting["waiting_for"]
     assert about["stage"] == "batched" and "resumed" in about["because"]
-    assert "resumed" in json.dumps(busy.json("status")["waiting"])
+    busy.until(lambda: "resumed" in json.dumps(busy.json("status")["waiting"]), 10, "the heartbeat counts it")
     assert busy.cli("runs", "hold", str(waiting["id"])).returncode == 0
     assert busy.cli("runs", "cancel", str(waiting["id"])).returncode == 0
     assert busy.cli("rules", "resume", "archive").returncode == 0
