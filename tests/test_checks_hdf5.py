@@ -399,7 +399,7 @@ def test_options_are_judged_when_the_rule_is_loaded(monkeypatch: pytest.MonkeyPa
     with pytest.raises(OptionFault) as fault:
         eiger.check_options({"images": None, "per_file": 1000})
 
-    assert "pip install 'trigger-daemon[eiger]'" in fault.value.hint
+    assert "pip install '.[eiger]'" in fault.value.hint
     assert "images: " in fault.value.hint
 
 

@@ -44,11 +44,14 @@ class Closed(NamedTuple):
     names: list[str]
 
 
-def replayed(example: str, **roots: Path) -> tuple[list[Closed], dict[tuple[str, str | None], str]]:
-    """Replay an example; `roots`: watched directory, with `_` for `/`. Return batches, and why files were left."""
+def replayed(example: str, *notes: str, **roots: Path) -> tuple[list[Closed], dict[tuple[str, str | None], str]]:
+    """Replay an example; `roots`: watched directory, with `_` for `/`. Return batches, and why files were left.
+
+    It must say just these `notes`.
+    """
     watched = {"/" + name.replace("_", "/"): str(path) for name, path in roots.items()}
     report = replay_directory(rules_of(example), watched)
-    assert not report.notes and not report.more
+    assert report.notes == list(notes) and not report.more
     return [closed(batch) for batch in report.batches], left(report)
 
 
@@ -217,7 +220,11 @@ def test_serialem_k3_without_gain_reference(tmp_path: Path, clock: simulator.Dat
     """Movies wait half an hour for a gain reference that does not come, then go without it."""
     written = simulator.k3_movies(tmp_path / "s1", movies=3, pause=clock, scale=0.0002)
     (tmp_path / "s1" / "SuperRef.dm4").unlink()
-    batches, _ = replayed("serialem-k3", data_k3=tmp_path)
+    batches, _ = replayed(
+        "serialem-k3",
+        "rule k3-movies: no file came with a companion `{session}/SuperRef.dm4` (in /data/k3)",
+        data_k3=tmp_path,
+    )
 
     assert [sorted(batch.names) for batch in batches] == [sorted(names(written, "movie", "mdoc"))]
     assert batches[0].after_s > 1800

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,12 +172,86 @@ def test_times_of_day_close_batches_in_a_replay(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_an_unreadable_directory_is_told(tmp_path: Path) -> None:
-    """What could not be listed is no proof of nothing."""
+def test_a_directory_without_files_and_one_without_any_that_fits_are_told(tmp_path: Path) -> None:
+    """Whoever names the wrong directory hears of it; links are not followed."""
     (tmp_path / "a.tif").symlink_to("/nowhere")
-    report = replay_directory(rules_of(a_rule()), {"/data": str(tmp_path / "absent")})
+    assert replayed(tmp_path, a_rule()).notes == ["there is no file below " + str(tmp_path)]
+    put(tmp_path / "a.dat", 0)
 
-    assert left(report) == {"": "it cannot be read: No such file or directory"}
+    assert replayed(tmp_path, a_rule()).notes == ["no file here fits any rule: is this the right directory?"]
+
+
+def test_companions_that_are_missing_or_alone_are_told(tmp_path: Path) -> None:
+    """`missing: go` hides nothing: who went without what, which companion nobody came for, and which never comes."""
+    put(tmp_path / "a.tif", 0)
+    put(tmp_path / "b.xml", 0)
+    companions = [
+        {"file": "{x}.xml", "wait": "20s", "missing": "go"},
+        {"file": "gain.mrc", "wait": "20s", "missing": "go", "shared": True},
+    ]
+    report = replayed(tmp_path, a_rule(complete={"quiescence": "10s", "with": companions}))
+
+    assert files(report) == [["a.tif"]]
+    assert left(report) == {
+        "a.xml": "a companion of a.tif, which went without it: not there",
+        "b.xml": "a companion: no file that it belongs to was sent",
+    }
+    assert "rule r: no file came with a companion `gain.mrc` (in /data)" in report.notes
+
+
+def test_suspect_files_are_named_with_their_batch(tmp_path: Path) -> None:
+    """A wrong number of frames in a rule shows: such files go, marked, five minutes late."""
+    simulator.tiff_movie(tmp_path / "a.tif", frames=4, width=8, height=8, pause=lambda s: None)
+    os.utime(tmp_path / "a.tif", (DAY, DAY))
+    report = replayed(tmp_path, a_rule(complete={"quiescence": "10s", "checks": [{"tiff": {"frames": 3}}]}))
+
+    assert [batch["suspect"] for batch in report.batches] == [["a.tif"]]
+    assert report.batches[0]["time"] == "2025-06-15T15:11:40.000Z"
+
+
+# --------------------------------------------------------------------- command line
+
+
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-P", "-m", "trigger_daemon", "rules", "replay", *map(str, args)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_mistakes_in_the_order_of_things_are_told(tmp_path: Path) -> None:
+    """Data before rules, a trace before rules, a file or a directory that is not there, options that mean nothing."""
+    rules, data = tmp_path / "r.yaml", tmp_path / "data"
+    rules.write_text(json.dumps({"rules": [a_rule(watch=str(data))]}))
+    put(data / "a.tif", 0)
+    recorded(tmp_path / "t", *EVERY_FACT[:3])
+    wrong = {
+        (data, rules): "no rule files (*.yaml)",
+        (tmp_path / "t", rules): "is a trace",
+        (tmp_path / "nope.yaml", data): "there is no",
+        (rules, tmp_path / "nope"): "there is no",
+        (rules, tmp_path / "t", "--speed", 2): "belong to a directory",
+        (rules, data, "--root", "/dota=/tmp"): "no rule watches /dota",
+        (rules, data, "--root", f"{data}=/nowhere"): "there is no directory /nowhere",
+        (rules, data, "--speed", 0): "--speed takes a number",
+        (rules, tmp_path / "t", "--root", f"{data}=/tmp"): "belong to a directory",
+    }
+    for args, words in wrong.items():
+        done = command(*args)
+
+        assert done.returncode in (1, 2), (args, done.stdout)
+        assert words in done.stderr, args
+
+
+def test_many_files_left_for_one_reason_do_not_hide_the_others(tmp_path: Path) -> None:
+    """What a person should look at comes first."""
+    for number in range(200):
+        put(tmp_path / f"{number}.txt", 0)
+    put(tmp_path / "z.tif", 0, b"")
+    (tmp_path / "r.yaml").write_text(json.dumps({"rules": [a_rule(watch=str(tmp_path))]}))
+    told = command(tmp_path / "r.yaml", tmp_path).stdout
+
+    assert told.index("z.tif") < told.index(".txt")
+    assert "and 200 more" in " ".join(told.split())
+    assert len(told.splitlines()) < 15
 
 
 # ----------------------------------------------------------------------------- traces

@@ -38,7 +38,7 @@ from trigger_daemon.inbox import Inbox
 from trigger_daemon.journal import ClaimReader, Journal, RootIdentity
 from trigger_daemon.scanner import Scanner
 from trigger_daemon.systemd import Notifier
-from trigger_daemon.trace import Recorder
+from trigger_daemon.trace import Recorder, TraceError
 from trigger_daemon.volumes import Gauge, Volumes
 
 BEAT_S = 2.0  # heartbeat for the command line
@@ -486,6 +486,8 @@ class Life:
         numbered = tuple(replace(rule, id=ids[rule.name]) for rule in rules)
         paths = {rule.watch for rule in rules}
         paths |= {companion.root for rule in rules for companion in rule.complete.companions}
+        if self.daemon.recorder:
+            self.daemon.recorder.keep_out(paths)
         roots = {path: self.journal.root_id(path) for path in sorted(paths)}
         self._root_paths.update({number: path for path, number in roots.items()})
         return model.RulesOffered(numbered, roots, source, self.clock.monotonic())
@@ -587,9 +589,20 @@ def _words(fault: ConfigFault) -> dict[str, Any]:
     }
 
 
+def _recorder(record: Path, settings: config.Settings) -> Recorder:
+    where = os.path.realpath(record)
+    for rule in config.load_rules(Path(settings.rules_dir)).rules:
+        if where.startswith(os.path.realpath(rule.watch).rstrip("/") + "/"):
+            raise TraceError(
+                f"{record} lies in {rule.watch}, which is watched and so only read",
+                hint="choose another directory for `serve --record`",
+            )
+    return Recorder(record)
+
+
 async def serve(settings: config.Settings, *, reload_settings: Any = None, record: Path | None = None) -> None:
     """Run a daemon until SIGTERM or SIGINT; SIGHUP reloads. `record`: where to write a trace. Raises TraceError."""
-    recorder = Recorder(record) if record else None
+    recorder = _recorder(record, settings) if record else None
     daemon = Daemon(settings, reload_settings=reload_settings, recorder=recorder)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

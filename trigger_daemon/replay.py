@@ -38,7 +38,7 @@ from trigger_daemon.core.model import (
     join,
     split,
 )
-from trigger_daemon.core.patterns import Matcher, why_not
+from trigger_daemon.core.patterns import Matcher, compiled, why_not
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.core.saved import Saved
 from trigger_daemon.errors import TriggerError
@@ -49,6 +49,7 @@ LEFT_MAX = 100_000  # files named one by one among those that are left; the othe
 STEPS_MAX = 50_000_000  # of the core, so that no set of rules replays for ever
 FULL_S = 900.0  # between two sweeps that files which cannot go on are looked at by
 CHECKS_MAX = 100_000  # verdicts remembered: an incomplete file is asked about again and again
+FITTING = frozenset({"settling", "incomplete", "blocked", "waiting", "skipped"})  # stages of files that rules match
 DAY_S = 86_400.0
 SLACK_S = 60.0
 LATE_S = 120.0  # two looks for companions that files went without
@@ -81,9 +82,9 @@ class Report:
     ended: str = ""  # why a recording ended before its daemon did
     notes: list[str] = field(default_factory=list)
 
-    def leave(self, root: str, path: str, rule: str | None, because: str) -> None:
+    def leave(self, root: str, path: str, rule: str | None, because: str, stage: str) -> None:
         if len(self.left) < LEFT_MAX:
-            self.left.append({"path": path, "rule": rule, "because": because, "root": root})
+            self.left.append({"path": path, "rule": rule, "because": because, "root": root, "stage": stage})
         else:
             self.more += 1
 
@@ -117,7 +118,9 @@ def replay_trace(path: Path) -> Report:
     report = Report()
     recorded: list[Mapping[str, Any]] = []
     engine: Engine | None = None
+    ended = False
     for entry in trace.read(path):
+        ended = isinstance(entry, trace.Ended)
         match entry:
             case trace.Life(header, saved, at, utc):
                 engine = Engine(
@@ -144,12 +147,25 @@ def replay_trace(path: Path) -> Report:
                         for name, _, _ in effect.rows:
                             report.leave(
                                 engine.root_paths.get(effect.root, ""), join(effect.dir, name), rule,
-                                _CODES[effect.code],
+                                _CODES[effect.code], "skipped",
                             )  # fmt: skip
     report.as_recorded = report.batches == recorded
     for rule_, below, words in engine.open_files() if engine else ():
-        report.leave(rule_.watch, below, rule_.name, words["because"])
+        report.leave(rule_.watch, below, rule_.name, words["because"], words["stage"])
+    if engine:
+        _owed(engine, report)
+    if not ended:
+        report.notes.append("the trace has no end: its daemon still writes it, or was killed")
     return report
+
+
+def _owed(engine: Engine, report: Report) -> None:
+    """Name the companions that files went without."""
+    for assembly in engine.assemblies.values():
+        for companion, member in assembly.settling.late.items():
+            where = engine.root_paths.get(companion.root, "")
+            words = f"a companion of {member.path}, which went without it: not there"
+            report.leave(where, companion.path, assembly.rule.name, words, "missing")
 
 
 def _name(engine: Engine, number: int) -> str | None:
@@ -204,6 +220,9 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
                 verdicts[(roots.get(entry.root, ""), entry.path, entry.state)] = judged
     checks = _Checks({root: root for root in roots.values()}, verdicts)
     report = _Simulation(rules, arrivals, checks).run()
+    if checks.recalled:
+        words = f"{model.counted(checks.recalled, 'verdict')} as recorded, for files that are not here any more"
+        report.notes.append(f"{words}: the options of checks in these rules play no part in them")
     for missing in sorted({rule.watch for rule in rules} - set(roots.values())):
         report.notes.append(f"{missing} was not watched when the trace was recorded")
     return report
@@ -235,7 +254,11 @@ def replay_directory(
         arrivals = [arrival._replace(at=first + (arrival.at - first) / speed) for arrival in arrivals]
     report = _Simulation(rules, arrivals, _Checks(roots)).run()
     for root, path, why in faults:
-        report.leave(root, path, None, why)
+        report.leave(root, path, None, why, "unreadable")
+    if not arrivals and not faults:
+        report.notes.append(f"there is no file below {', '.join(sorted(set(roots.values())))}")
+    elif not report.batches and not any(entry["rule"] and entry["stage"] in FITTING for entry in report.left):
+        report.notes.append("no file here fits any rule: is this the right directory?")
     return report
 
 
@@ -247,7 +270,7 @@ def _walk(root: str, real: str, below: str, faults: list[tuple[str, str, str]]) 
             with os.scandir(os.path.join(real, directory) if directory else real) as entries:
                 found = list(entries)
         except OSError as error:
-            if error.errno != errno.ENOENT or directory == below:
+            if error.errno != errno.ENOENT or (directory and directory == below):
                 faults.append((root, directory, f"it cannot be read: {error.strerror}"))
             continue
         for entry in found:
@@ -273,6 +296,7 @@ class _Checks:
         self._real = real
         self._recorded = recorded
         self._said: dict[Any, Judged] = {}
+        self.recalled = 0  # verdicts taken from the trace
 
     def run(self, effect: Check, root: str, companions: Iterable[tuple[str, str, State]]) -> Judged:
         there = tuple(companions)
@@ -290,6 +314,7 @@ class _Checks:
             now = _state(path)
             if now is None or now[:2] != state[:2]:
                 missing = Judged(Verdict.UNKNOWN, "the file is not here to be checked, and its check was not recorded")
+                self.recalled += 1
                 return self._recorded.get((root, effect.path, state), missing)
             state = now
         here = os.path.dirname(effect.path)
@@ -378,7 +403,20 @@ class _Simulation:
         else:
             self._report.notes.append(f"ended after {STEPS_MAX:,} steps: the rest was not replayed")
         self._leave()
+        self._notice()
         return self._report
+
+    def _notice(self) -> None:
+        """Tell of companions that came with no file at all, although their rule sent some."""
+        sent = {batch["rule"] for batch in self._report.batches}
+        for rule in self._rules:
+            for companion in rule.complete.companions:
+                root, pattern = self._root_ids[companion.root], compiled(companion.file, rule.case)
+                came = any(where == root and pattern.match(path) is not None for where, path in self._travelled)
+                if rule.name in sent and not came:
+                    self._report.notes.append(
+                        f"rule {rule.name}: no file came with a companion `{companion.file}` (in {companion.root})"
+                    )
 
     def _deadline(self, sweep_at: float) -> float:
         deadline = self._engine.next_deadline()
@@ -504,7 +542,8 @@ class _Simulation:
     def _leave(self) -> None:
         """Name every file that is in no batch, and why."""
         names = {rule.id: rule.name for rule in self._rules}
-        waiting = {(rule.id, path): words["because"] for rule, path, words in self._engine.open_files()}
+        waiting = {(rule.id, path): words for rule, path, words in self._engine.open_files()}
+        _owed(self._engine, self._report)
         taken = {
             self._absolute(root, path)
             for (root, path), claims in self._claims.items()
@@ -518,14 +557,16 @@ class _Simulation:
                 for rule in ids:
                     code = claims.get((rule, *state[:2]))
                     if rule > 0 and code is None:
-                        because = waiting.get((rule, path), "it was not looked at")
+                        words = waiting.get((rule, path), {"because": "it was not looked at", "stage": "settling"})
+                        because, stage = words["because"], words["stage"]
                     elif rule > 0 and code in _CODES:
-                        because = _CODES[code]
+                        because, stage = _CODES[code], "skipped"
                     elif rule < 0 and len(ids) == 1 and self._absolute(root, path) not in taken:
                         because = "a marker: it " + ("closed its batches" if code is not None else "has closed nothing")
+                        stage = "marker"
                     else:
                         continue
-                    self._report.leave(self._root_paths[root], path, names[abs(rule)], because)
+                    self._report.leave(self._root_paths[root], path, names[abs(rule)], because, stage)
                 if not ids and self._absolute(root, path) not in taken:
                     self._unmatched(root, path)
 
@@ -534,13 +575,27 @@ class _Simulation:
 
     def _unmatched(self, root: int, path: str) -> None:
         where = self._root_paths[root]
+        for rule in self._rules:
+            for companion in rule.complete.companions:
+                if companion.root == where and compiled(companion.file, rule.case).match(path) is not None:
+                    words = "a companion: no file that it belongs to was sent"
+                    self._report.leave(where, path, rule.name, words, "companion")
+                    return
+        for assembly in self._engine.assemblies.values():
+            directory, name = split(path)
+            for waiting in assembly.settling.awaited.get((root, directory), {}).get(name, ()):
+                for member in waiting.members:
+                    words = f"needed by {member.path}, which is not complete"
+                    self._report.leave(where, path, assembly.rule.name, words, "companion")
+                    return
         rules = [rule for rule in self._rules if rule.watch == where]
         for rule in rules:
             stage, words = why_not(rule, path)
             if stage == "ignored" or len(rules) == 1:
-                self._report.leave(where, path, rule.name, words)
+                self._report.leave(where, path, rule.name, words, stage)
                 return
-        self._report.leave(where, path, None, "no rule matches it" if rules else "no file needs it as a companion")
+        words = "no rule matches it" if rules else "no file needs it as a companion"
+        self._report.leave(where, path, None, words, "unmatched")
 
 
 def _horizon_s(rule: Rule) -> float:

@@ -93,12 +93,14 @@ Entry = Life | RunsMax | Batch | Ended | Fact
 def batch_words(batch: BatchClosed) -> dict[str, Any]:
     """Return a batch as it is shown: the same from the daemon's run and from a replay."""
     time = datetime.fromtimestamp(batch.time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    suspect = [member.path for member in batch.members if member.flag == "suspect"]
     return {
         "rule": batch.request["rule"],
         "group": dict(batch.group),
         "time": time,
         "reason": batch.reason,
         "files": [member.path for member in batch.members],
+        **({"suspect": suspect} if suspect else {}),
     }
 
 
@@ -145,6 +147,14 @@ class Recorder:
     def round(self, facts: Sequence[Fact], batches: Iterable[BatchClosed]) -> None:
         """One round of the loop was committed. The facts are frozen: the thread may take its time."""
         self._put([*facts, *batches])
+
+    def keep_out(self, roots: Iterable[str]) -> None:
+        """End if the trace lies in a watched directory: those are only read, and it would never be quiet."""
+        where = os.path.realpath(self._path)
+        for root in roots:
+            if where.startswith(os.path.realpath(root).rstrip("/") + "/") and not self.fault:
+                self.fault = f"{self._path} lies in {root}, which is watched"
+                self._rounds.put([])
 
     def close(self) -> None:
         """Write what is left and end."""
@@ -259,7 +269,8 @@ def _entries(path: Path, lines: Any) -> Iterator[Entry]:
             torn = number  # the daemon was killed while it wrote: nothing, or a new life, follows
             continue
         if torn and not (isinstance(plain, dict) and "trace" in plain):
-            raise TraceError(f"{path}:{torn}: the line is damaged", hint="replay what is before it, or record anew")
+            hint = f"replay what is before it: head -n {torn - 1} {path} > FILE"
+            raise TraceError(f"{path}:{torn}: the line is damaged", hint=hint)
         torn = 0
         try:
             entry = _entry(plain, header)
@@ -282,7 +293,10 @@ def _entry(plain: Any, header: Header | None) -> Entry:
         return _fact_in(plain)
     if "trace" in plain:
         if plain["trace"] != FORMAT:
-            raise ValueError(f"format {plain['trace']}; this version reads {FORMAT}")
+            raise TraceError(
+                f"the trace has format {plain['trace']}, and this version reads format {FORMAT}",
+                hint="replay it with the version that recorded it",
+            )
         made = Header(*(plain[field.name] for field in dataclasses.fields(Header)))
         return Life(made, _saved_in(plain["saved"]), plain["at"], plain["utc"])
     if "batch" in plain:

@@ -51,9 +51,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     if images is None:
         if importlib.util.find_spec("h5py") is None:
             raise OptionFault(
-                "images",
-                "the master of an Eiger set is read with h5py, which is not installed",
-                "run `pip install 'trigger-daemon[eiger]'`, or say how many images a set has: `images: 3600`",
+                "",
+                "the check eiger reads masters with h5py, which is not installed",
+                "install the extra `eiger` (`pip install '.[eiger]'`), or say how many images a set has: images: 3600",
             )
     elif (count := _files(images, options.get("per_file", PER_FILE))) > FILES_MAX:
         raise OptionFault(

@@ -59,6 +59,8 @@ def _fault(file: str) -> str:
         return "has braces with something else than {name} or {stem} in them"
     if file == "{name}":
         return "names the file itself"
+    if set(file) & {"*", "?"}:
+        return "is no name: * and ? mean nothing here"
     if "\0" in file or any(part in ("", ".", "..") for part in file.split("/")):
         return "is not the name of a file in the same directory or below it"
     return ""

@@ -26,6 +26,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raise OptionFault if there is nothing to compare with."""
     if all(options.get(name) is None for name in OPTIONS):
         raise OptionFault("", "the check `size` has no size to compare with", "add at_least, exactly, or siblings: 5%")
+    at_least, exactly = options.get("at_least"), options.get("exactly")
+    if at_least is not None and exactly is not None and at_least > exactly:
+        raise OptionFault("at_least", "no file is at least so long and exactly shorter", "leave one of them out")
+    if (options.get("siblings") or 0.0) > 1.0:
+        raise OptionFault("siblings", "a tolerance of more than 100% lets every file pass", "write for example 5%")
 
 
 def check(probe: Window, options: Mapping[str, Any], companions: Mapping[str, Window]) -> Outcome:

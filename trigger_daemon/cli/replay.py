@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN_MAX = 40  # lines of each table; JSON has all
 FILES_SHOWN = 3  # names of a batch
+ALIKE_MAX = 3  # files left for one reason that are named one by one
 
 
 @click.command(cls=Command)
@@ -29,7 +30,7 @@ FILES_SHOWN = 3  # names of a batch
     help="DIR stands for what a rule watches, or for where its companions lie.",
 )
 @click.option(
-    "--speed", type=click.FloatRange(min=0.001, max=1e9), default=1.0, metavar="N", show_default=True,
+    "--speed", type=float, default=1.0, metavar="N", show_default=True,
     help="Files of a directory arrive N times as fast as their times of modification say.",
 )
 @pass_setup
@@ -43,8 +44,21 @@ def replay(setup: Setup, paths: tuple[Path, ...], pairs: tuple[str, ...], speed:
     it. A TRACE is written by `serve --record`. The daemon need not run.
     """
     *given, source = paths
+    if not 1e-3 <= speed <= 1e9:
+        raise click.UsageError("--speed takes a number from 0.001 to 1000000000")
+    for path in given:
+        if not path.exists():
+            raise TriggerError(f"there is no {path}", hint="name rule files, or directories of them, before the data")
+        if _is_trace(path):
+            raise TriggerError(f"{path} is a trace", hint="give the trace last, after the rules")
+        if path.is_dir() and not any(path.glob("*.yaml")):
+            raise TriggerError(f"there are no rule files (*.yaml) in {path}", hint="the data's directory goes last")
     if _is_trace(source):
+        if pairs or speed != 1.0:
+            raise click.UsageError("--root and --speed belong to a directory; a trace has its own roots and times")
         report = _trace(given, source)
+    elif source.is_dir() and not given and any(source.glob("*.yaml")):  # rules alone: what they watch
+        report = _roots(_rules(setup, paths), pairs, speed)
     elif source.is_dir():
         report = _directory(setup, given, source, pairs, speed)
     elif source.suffix in (".yaml", ".yml") and source.exists():  # no directory: what the rules watch
@@ -71,7 +85,13 @@ def _is_trace(path: Path) -> bool:
 def _rules(setup: Setup, given: Sequence[Path]) -> tuple[Rule, ...]:
     from trigger_daemon.cli.rules import read_rules
 
-    read = read_rules(tuple(given) or (Path(setup.settings().rules_dir),))
+    rules_dir = Path(setup.settings().rules_dir)
+    if not given and not rules_dir.is_dir():
+        raise TriggerError(
+            f"no rules are named, and there is no {rules_dir} of the settings",
+            hint="write `trigger-daemon rules replay RULES DIR`: rule files first, then the directory with the data",
+        )
+    read = read_rules(tuple(given) or (rules_dir,))
     if read.faults:
         raise ConfigError(read.faults)
     if not read.rules:
@@ -108,6 +128,7 @@ def _directory(setup: Setup, given: Sequence[Path], source: Path, pairs: Sequenc
     from trigger_daemon import replay
 
     rules = _rules(setup, given)
+    _stand_ins(rules, pairs, {})  # a misspelt --root is told before anything is concluded from it
     here = absolute(str(source))
     watched = sorted({rule.watch for rule in rules})
     inside = [watch for watch in watched if watch == here or watch.startswith(here.rstrip("/") + "/")]
@@ -151,11 +172,13 @@ def _stand_ins(
                 f"no rule watches {watch}, nor has companions there", hint=f"they name: {', '.join(sorted(named))}"
             )
         roots[watch] = absolute(directory)
+        if not os.path.isdir(roots[watch]):
+            raise TriggerError(f"there is no directory {roots[watch]}", hint=f"it was to stand for {watch} (--root)")
     notes = []
     roots.update({path: path for path in named - roots.keys()})
     for path, real in sorted(roots.items()):
         if not os.path.isdir(real):
-            notes.append(f"{real} is not there: its files are missing (--root {path}=DIR names another directory)")
+            notes.append(f"{real} is not there, so no file of it is replayed; name another with --root {path}=DIR")
     return roots, notes
 
 
@@ -182,34 +205,64 @@ def _show(report: Report) -> None:
     for note in report.notes:
         text.note(note)
     if report.batches:
-        shown = text.table(
-            ("time", "word"), ("rule", "name"), ("group or files", "wide"), ("files", "right"), ("because", "wide")
-        )
-        for batch in report.batches[:SHOWN_MAX]:
-            files = len(batch["files"])
-            words = " ".join(f"{key}={value}" for key, value in batch["group"].items())
-            if not words:
-                words = ", ".join(map(text.name, batch["files"][:FILES_SHOWN])) + ("…" if files > FILES_SHOWN else "")
-            text.row(shown, batch["time"][:19].replace("T", " "), batch["rule"], words, f"{files:,}", batch["reason"])
-        text.console().print(shown)
-        if (more := len(report.batches) - SHOWN_MAX) > 0:
-            click.echo(f"… and {counted(more, 'batch')} more (-F json has all)")
+        _show_batches(report.batches)
     else:
         click.echo("nothing would have been started")
     if report.left:
-        click.echo(f"\nleft, {text.counted(len(report.left) + report.more, 'file')}:")
-        shown = text.table(("file", "path"), ("rule", "name"), ("because", "wide"))
-        for left in report.left[:SHOWN_MAX]:
-            text.row(shown, text.name(left["path"]), left["rule"] or "–", left["because"])
-        text.console().print(shown)
-        if (more := len(report.left) + report.more - SHOWN_MAX) > 0:
-            click.echo(f"… and {text.counted(more, 'file')} more (-F json has them)")
+        _show_left(report)
     files = sum(len(batch["files"]) for batch in report.batches)
     click.echo(
-        f"{counted(len(report.batches), 'batch')} of {text.counted(files, 'file')},"
-        f" {text.counted(len(report.left) + report.more, 'file')} left; nothing was started"
+        f"{counted(len(report.batches), 'batch')} of {text.counted(files, 'file')} with their companions,"
+        f" {text.counted(len(report.left) + report.more, 'file')} left; nothing was started (times are UTC)"
     )
-    if report.as_recorded is False:
-        text.note("these are not the batches that the daemon made: this version decides otherwise")
+    if report.as_recorded is not None:
+        same = "just these batches" if report.as_recorded else "other batches: this version decides otherwise"
+        text.note(f"the daemon that was recorded made {same}")
     if report.ended:
         text.note(f"the recording ended before the daemon did: {report.ended}")
+
+
+def _show_batches(batches: Sequence[Mapping[str, Any]]) -> None:
+    shown = text.table(
+        ("time", "word"), ("rule", "name"), ("group or files", "wide"), ("files", "right"), ("because", "wide")
+    )
+    for batch in batches[:SHOWN_MAX]:
+        files = len(batch["files"])
+        words = " ".join(f"{key}={value}" for key, value in batch["group"].items())
+        if not words:
+            words = ", ".join(map(text.name, batch["files"][:FILES_SHOWN])) + ("…" if files > FILES_SHOWN else "")
+        because = batch["reason"]
+        if suspect := len(batch.get("suspect", ())):
+            because += f"; {suspect:,} suspect, which waited longer: see `explain`, or checks and their numbers"
+        text.row(shown, batch["time"][:19].replace("T", " "), batch["rule"], words, f"{files:,}", because)
+    text.console().print(shown)
+    if (more := len(batches) - SHOWN_MAX) > 0:
+        click.echo(f"… and {counted(more, 'batch')} more (-F json has all)")
+
+
+# What a person should look at comes first; what rules leave out on purpose, last.
+_ORDER = ("blocked", "incomplete", "missing", "unreadable", "settling", "waiting", "companion", "unmatched", "marker")
+
+
+def _show_left(report: Report) -> None:
+    """Name the files that are left; of many for the same reason, the first and their number."""
+    alike: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for entry in report.left:
+        stage = entry["stage"]
+        reason = "" if stage in ("unmatched", "ignored") else entry["because"]
+        alike.setdefault((stage, entry["rule"] or "", reason), []).append(entry)
+    rank = {stage: number for number, stage in enumerate(_ORDER)}
+    several = len({entry["root"] for entry in report.left}) > 1
+    click.echo(f"\nleft, {text.counted(len(report.left) + report.more, 'file')}:")
+    shown = text.table(("file", "path"), ("rule", "name"), ("because", "wide"))
+    groups = sorted(alike.items(), key=lambda item: rank.get(item[0][0], len(rank)))
+    for _, entries in groups[:SHOWN_MAX]:
+        for entry in entries[: 1 if len(entries) > ALIKE_MAX else ALIKE_MAX]:
+            path = f"{entry['root'].rstrip('/')}/{entry['path']}" if several else entry["path"]
+            because = entry["because"]
+            if len(entries) > ALIKE_MAX:
+                because += f" – and {len(entries) - 1:,} more like it"
+            text.row(shown, text.name(path), entry["rule"] or "–", because)
+    text.console().print(shown)
+    if (more := sum(len(entries) for _, entries in groups[SHOWN_MAX:]) + report.more) > 0:
+        click.echo(f"… and {text.counted(more, 'file')} more (-F json has them)")

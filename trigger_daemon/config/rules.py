@@ -306,7 +306,11 @@ def leaf(value: Value, option: Option) -> Any:
         case "int" | "duration" if value.kind == "text" and value.node.value in option.choices:
             return str(value.node.value)
         case "int" if option.choices and value.kind == "text":
-            value.bad(f"`{value.key}` cannot be {value.words()}", f"write a number, or {' or '.join(option.choices)}")
+            plain = str(value.node.value)
+            hint = f"write {plain}, without quotes" if plain.isdigit() else ""
+            value.bad(
+                f"`{value.key}` cannot be {value.words()}", hint or f"write a number, or {' or '.join(option.choices)}"
+            )
         case "int":
             return value.integer(option.minimum)
         case "percent":

@@ -385,7 +385,8 @@ class Pattern:
             return len(self._levels), "its end does not fit that"
         want, have = len(components) - 1, len(parts) - 1
         if want != have:
-            return min(want, have), f"it lies {_levels_words(have)} below the root, the pattern wants {want}"
+            lies, wants = _levels_words(have), _levels_words(want)
+            return min(want, have), f"it lies {lies} below the root, the pattern wants {wants}"
         return want, f"name `{parts[-1]}` does not fit `{texts[-1]}`"
 
     def _component_texts(self) -> list[str]:
