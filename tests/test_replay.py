@@ -161,15 +161,18 @@ def test_years_between_files_cost_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert not report.notes
 
 
-def test_times_of_day_close_batches_in_a_replay(tmp_path: Path) -> None:
-    """A rule that closes at 06:00 does so, in the night after its files came."""
+def test_times_of_day_close_batches_in_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that closes at 06:00 does so in the night after its files came, centuries of other nights passed over."""
+    monkeypatch.setattr("trigger_daemon.replay.STEPS_MAX", 1_000)
     put(tmp_path / "a.tif", 0)
     put(tmp_path / "b.tif", 5 * 86_400)
+    put(tmp_path / "c.tif", 40_000 * 86_400)
     report = replayed(tmp_path, a_rule(batch={"at": ["06:00"]}))
 
     assert [(batch["time"][:16], batch["files"]) for batch in report.batches] == [
-        ("2025-06-16T06:00", ["a.tif"]), ("2025-06-21T06:00", ["b.tif"]),
+        ("2025-06-16T06:00", ["a.tif"]), ("2025-06-21T06:00", ["b.tif"]), ("2134-12-22T06:00", ["c.tif"]),
     ]  # fmt: skip
+    assert not report.notes
 
 
 def test_a_directory_without_files_and_one_without_any_that_fits_are_told(tmp_path: Path) -> None:

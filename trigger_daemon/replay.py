@@ -52,6 +52,7 @@ CHECKS_MAX = 100_000  # verdicts remembered: an incomplete file is asked about a
 FITTING = frozenset({"settling", "incomplete", "blocked", "waiting", "skipped"})  # stages of files that rules match
 DAY_S = 86_400.0
 SLACK_S = 60.0
+BEFORE_S = 0.001
 LATE_S = 120.0  # two looks for companions that files went without
 
 _CODES = {
@@ -381,13 +382,15 @@ class _Simulation:
         engine.restore(Saved(), self._at, self._at)
         self._step(model.RulesOffered(self._rules, self._root_ids, [], self._at))
         horizon = max((_horizon_s(rule) for rule in self._rules), default=0.0) + SLACK_S
-        timed = any(rule.batch and rule.batch.at for rule in self._rules)  # then hours without files matter, too
         number, end, sweep_at = 0, self._at + horizon, self._at + FULL_S
         for _ in range(STEPS_MAX):
             coming = self._arrivals[number].at if number < len(self._arrivals) else math.inf
             deadline = self._deadline(sweep_at)
-            if deadline > end and (coming == math.inf or not timed):
-                deadline = math.inf  # all that rules wait for is over: such files never will be whole
+            if deadline > end:  # all that rules wait for is over: such files never will be whole
+                deadline = math.inf
+                if end < coming < math.inf:  # what is due meanwhile (a time of day) was due before the next file came
+                    self._at = max(self._at, coming - BEFORE_S)
+                    self._step(model.Tick(self._at, self._at))
             if coming <= deadline:
                 if coming == math.inf:
                     break
