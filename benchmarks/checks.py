@@ -42,7 +42,7 @@ class Subject:
     path: Path
     check: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    library: str = ""
+    decoder: str = ""
     decode: Decode | None = None
     check_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
@@ -256,7 +256,7 @@ def table(subjects: list[Subject]) -> str:
         size = sum(path.stat().st_size for path in one.files)
         check_ms = statistics.median(one.check_s) * 1000
         decode_ms = statistics.median(one.decode_s) * 1000 if one.decode_s else 0.0
-        decoded = [f"{decode_ms:,.1f}", one.library, f"{decode_ms / check_ms:,.1f}"] if one.decode_s else [EMPTY] * 3
+        decoded = [f"{decode_ms:,.1f}", one.decoder, f"{decode_ms / check_ms:,.1f}"] if one.decode_s else [EMPTY] * 3
         rows.append([
             one.name, f"{size / 1e6:,.2f}", f"{check_ms:,.2f}", f"{one.reads:,}", f"{one.bytes_read:,}",
             f"{one.bytes_read / size:.5%}", *decoded, one.said,
