@@ -370,6 +370,22 @@ def test_a_recorded_history_is_replayed_with_other_rules(site: Site) -> None:
     assert left(report)["a/m5.tif"].startswith("2 of 4 frames")
 
 
+def test_a_trace_in_a_watched_directory_is_refused(site: Site) -> None:
+    """Watched directories are only read; a rule that comes later and watches the trace's directory ends it."""
+    site.write_rules(site.rule("all"))
+    site.config.write_text(json.dumps(site.settings))
+    done = site.cli("serve", "--record", str(site.data / "t"), check=False)
+    assert (done.returncode, list(site.data.iterdir())) == (1, [])
+    assert "which is watched and so only read" in done.stderr
+    recorder = trace.Recorder(site.base / "t")
+    recorder.life(HEADER, Saved(), 1.0, 1.0)
+    recorder.keep_out([str(site.data), str(site.base)])
+    recorder.close()
+
+    assert "which is watched" in recorder.fault
+    assert list(trace.read(site.base / "t"))[-1] == trace.Ended(recorder.fault)
+
+
 def test_a_trace_of_another_program_is_refused(tmp_path: Path) -> None:
     """Neither is one continued into somebody's file."""
     path = tmp_path / "notes"
