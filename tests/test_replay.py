@@ -398,6 +398,16 @@ def test_a_trace_of_another_program_is_refused(tmp_path: Path) -> None:
     assert path.read_text() == "my notes\n"
 
 
+def test_two_daemons_do_not_write_one_trace(tmp_path: Path) -> None:
+    """The second is refused while the first lives, and let in afterwards."""
+    first = trace.Recorder(tmp_path / "t")
+    first.life(HEADER, Saved(), 1.0, 1.0)
+    with pytest.raises(trace.TraceError, match="another daemon writes"):
+        trace.Recorder(tmp_path / "t")
+    first.close()
+    trace.Recorder(tmp_path / "t").close()
+
+
 HEADER = trace.Header("host", "UTC", 4, 86_400.0, 7)
 
 

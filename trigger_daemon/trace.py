@@ -26,6 +26,11 @@ from trigger_daemon.core.rules import Rule
 from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark
 from trigger_daemon.errors import TriggerError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1  # of the lines; another one is refused
 BYTES_MAX = 4 * 2**30  # of a trace: some ten million looks
 WAITING_MAX = 200_000  # rows of looks that wait for a slow disk, some 60 MB: the loop never does
@@ -127,6 +132,9 @@ class Recorder:
             raise TraceError(
                 f"{path} cannot be written: {error.strerror}", hint="choose another file for `serve --record`"
             ) from error
+        if not _alone(self._file.fileno()):
+            self._file.close()
+            raise TraceError(f"another daemon writes {path}", hint="choose another file for `serve --record`")
         self._bytes = os.fstat(self._file.fileno()).st_size
         if self._bytes and not _is_trace(path):
             self._file.close()
@@ -154,7 +162,7 @@ class Recorder:
         for root in roots:
             if where.startswith(os.path.realpath(root).rstrip("/") + "/") and not self.fault:
                 self.fault = f"{self._path} lies in {root}, which is watched"
-                self._rounds.put([])
+                self._rounds.put(None)
 
     def close(self) -> None:
         """Write what is left and end."""
@@ -169,8 +177,9 @@ class Recorder:
         self._put_rows += sum(map(_rows_of, entries))
         if self._put_rows - self._done_rows > WAITING_MAX:
             self.fault = f"{self._path} is too slow: {WAITING_MAX:,} looks wait for it"
-            entries = []
-        self._rounds.put(entries)
+            self._rounds.put(None)
+        else:
+            self._rounds.put(entries)
 
     def _write(self) -> None:
         try:
@@ -182,7 +191,7 @@ class Recorder:
     def _write_all(self) -> None:
         if self._bytes and not _ends_a_line(self._path):  # killed in the middle of a line
             self._file.write(b"\n")
-        while (entries := self._rounds.get()) is not None and not self.fault:
+        while (entries := self._rounds.get()) is not None:
             lines = b"".join(_line(entry) for entry in entries)
             self._done_rows += sum(map(_rows_of, entries))
             self._bytes += len(lines)
@@ -194,6 +203,19 @@ class Recorder:
                 self._file.flush()
         if self.fault:
             self._file.write(_line({"end": self.fault}))
+
+
+def _alone(fd: int) -> bool:
+    """Keep others from writing the same trace; they are let in where the file system has no locks."""
+    if not hasattr(fcntl, "flock"):
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _rows_of(entry: Any) -> int:
