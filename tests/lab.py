@@ -239,7 +239,7 @@ class Lab:
                 self.checks_wait.append(effect)
             case model.Check():
                 verdict, why = self.verdicts.get(effect.path, (model.Verdict.COMPLETE, "whole"))
-                self.step(model.Checked(effect.rule, effect.root, effect.path, effect.state, verdict, why, self.at))
+                self.step(model.Checked(*self._about(effect), verdict, why, self.at, scope=effect.scope))
             case model.Start() | model.Find() | model.Poll() | model.Cancel() | model.Verify() | model.Prepare():
                 self.asked.append(effect)
                 if self.auto:
@@ -375,7 +375,11 @@ class Lab:
         check = next(c for c in self.checks_wait or [] if c.path == path)
         assert self.checks_wait is not None
         self.checks_wait.remove(check)
-        self.step(model.Checked(check.rule, check.root, check.path, check.state, verdict, why, self.at, **keys))
+        self.step(model.Checked(*self._about(check), verdict, why, self.at, scope=check.scope, **keys))
+
+    @staticmethod
+    def _about(check: model.Check) -> tuple[int, int, str, model.State]:
+        return check.rule, check.root, check.path, check.state
 
     def order(self, verb: str, **args: Any) -> Mapping[str, Any]:
         effects = self.step(model.Order(next(self._counter), verb, args, "operator", "", self.at))

@@ -285,7 +285,8 @@ def test_verdicts_of_a_file_and_its_companion_count_in_any_order(order):
     lab.run_for(31)
     assert {check.path for check in lab.checks} == {"a.tif", "a.xml"}
     for check in lab.checks[::order]:
-        lab.step(model.Checked(check.rule, check.root, check.path, check.state, Verdict.COMPLETE, "whole", lab.at))
+        about = (check.rule, check.root, check.path, check.state)
+        lab.step(model.Checked(*about, Verdict.COMPLETE, "whole", lab.at, scope=check.scope))
     lab.run_for(1)
 
     assert [set(paths) for paths in lab.batches()] == [{"a.tif", "a.xml"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lab import Lab, rule
+from trigger_daemon.core import model
 from trigger_daemon.core.model import Verdict
 from trigger_daemon.core.rules import Batch, CloseOn, Complete, With
 
@@ -243,3 +244,94 @@ def test_companions_with_checks_are_compared_with_their_own_siblings() -> None:
 
     assert asked == {"1.xml": (10,), "1.tif": (1000,)}
     assert len(lab.closed) == 2
+
+
+def test_a_verdict_about_a_file_as_a_companion_is_none_about_the_file_itself() -> None:
+    """One file in two parts, with other checks: what passes as a gain reference may be an incomplete movie."""
+    gain = With("gain.tif", "/data", (("size", {}),), wait_s=3, missing="go", shared=True)
+    both = Complete(quiescence_s=10, checks=FRAMES, companions=(gain,))
+    lab = Lab(rule(match=("{x}.tif",), complete=both))
+    lab.checks_wait = []
+    lab.write("gain.tif")
+    lab.write("m.tif")
+    lab.run_for(30)
+    checks, lab.checks_wait = lab.checks_wait, []
+    for check in checks:
+        whole = bool(check.scope) or check.path == "m.tif"
+        verdict = Verdict.COMPLETE if whole else Verdict.INCOMPLETE
+        lab.step(model.Checked(*lab._about(check), verdict, "as asked", lab.at, scope=check.scope))
+    lab.run_for(5)
+
+    assert {check.scope for check in checks if check.path == "gain.tif"} == {"", "gain.tif: "}
+    assert lab.batches() == [("m.tif", "gain.tif")]
+
+
+def test_the_digest_that_a_companion_carries_goes_into_the_manifest() -> None:
+    """An image may travel with its record, as well as the record with its image."""
+    companion = With("{x}.cbf", "/data", (("cbf", {}),))
+    lab = Lab(rule(match=("{x}.tif",), complete=Complete(quiescence_s=10, companions=(companion,))))
+    lab.checks_wait = []
+    lab.write("a.cbf", heard=False)
+    lab.write("a.tif")
+    lab.run_for(30)
+    lab.answer_check("a.cbf", content="md5:00:10:20")
+    lab.run_for(5)
+
+    assert {m.name: m.content for m in lab.closed[0][1].members} == {"a.tif": "", "a.cbf": "md5:00:10:20"}
+
+
+def test_looks_at_an_incomplete_file_do_not_begin_the_wait_for_its_companion_anew() -> None:
+    """`wait` is counted from when this version was quiet, however often it is looked at since."""
+    companion = With("{x}.xml", "/data", wait_s=60, missing="go")
+    lab = Lab(rule(match=("{x}.tif",), complete=Complete(quiescence_s=10, checks=FRAMES, companions=(companion,))))
+    lab.verdicts["a.tif"] = (Verdict.INCOMPLETE, "17 of 40")
+    lab.write("a.tif")
+    lab.run_for(100)
+    assert lab.explain("a.tif")[0]["because"] == "17 of 40"
+    lab.run_for(200)
+
+    assert lab.explain("a.tif")[0]["because"] == "17 of 40"
+
+
+def test_a_set_that_is_armed_again_is_made_of_what_the_new_master_names() -> None:
+    """Neither waits it for files of the old series, nor do they travel with it."""
+    lab = measuring()
+    needing(lab, "d1.h5", "d2.h5", "d3.h5")
+    lab.write("d1.h5", heard=False)
+    lab.write("d2.h5", heard=False)
+    lab.run_for(60)
+    lab.write("series_master.tif", 20)
+    lab.run_for(11)
+    lab.answer_check("series_master.tif", Verdict.INCOMPLETE, "0 of 1", needs=("d1.h5",))
+    lab.write("d3.h5", heard=False)
+    lab.run_for(30)
+    lab.answer_check("series_master.tif", needs=("d1.h5",))
+
+    assert [sorted(paths) for paths in lab.batches()] == [["d1.h5", "series_master.tif"]]
+
+
+def test_what_a_check_has_read_stays_with_its_file() -> None:
+    """An mdoc that was asked for once is not asked for again when it has answered, and travels all the same."""
+    lab = measuring()
+    needing(lab, "a.mdoc")
+    lab.write("a.mdoc", heard=False)
+    lab.run_for(30)
+    lab.answer_check("series_master.tif", read=("a.mdoc",))
+
+    assert [sorted(paths) for paths in lab.batches()] == [["a.mdoc", "series_master.tif"]]
+
+
+def test_a_companion_that_comes_may_make_a_need_needless() -> None:
+    """`frames: mdoc`: the movie's own mdoc was asked for, and the series' mdoc comes, which names the movie."""
+    companion = With("s.mdoc", "/data", wait_s=2, missing="go")
+    both = Complete(quiescence_s=10, checks=FRAMES, companions=(companion,))
+    lab = Lab(rule(match=("{x}.tif",), complete=both))
+    lab.checks_wait = []
+    lab.write("series_master.tif")
+    lab.run_for(20)
+    lab.answer_check("series_master.tif", Verdict.INCOMPLETE, "no mdoc", needs=("series_master.tif.mdoc",))
+    lab.write("s.mdoc", heard=False)
+    lab.run_for(30)
+    lab.answer_check("series_master.tif", read=("s.mdoc",))
+
+    assert [sorted(paths) for paths in lab.batches()] == [["s.mdoc", "series_master.tif"]]

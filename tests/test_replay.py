@@ -430,7 +430,9 @@ EVERY_FACT = (
     model.Swept(1, True, 1.0, 2.0, False, 7, 3, "why"),
     model.RootChanged(1, "lost", "gone", "mount it", "none", 2.0),
     model.Marked(1, 4, 2.0),
-    model.Checked(1, 1, "d/a", STATE, model.Verdict.SUSPECT, "17", 2.0, ("x",), (("tiff", 17),), "md5:00:0:1"),
+    model.Checked(
+        1, 1, "d/a", STATE, model.Verdict.SUSPECT, "17", 2.0, ("x",), (("tiff", 17),), "md5:00:0:1", "x: ", ("y",)
+    ),
     model.Tick(2.0, DAY + 2.25),
     model.Prepared(1, 1, ["opaque", {"a": [1]}], 2.0),
     model.Started(1, 1, {"handle": [1, 2]}, 2.0),

@@ -352,13 +352,8 @@ class Executor:
         self._checked(effect, probe.Judged(Verdict.INCOMPLETE, why))
 
     def _checked(self, effect: model.Check, judged: probe.Judged) -> None:
-        verdict, why, needs, measures, content = judged
-        at = self._clock.monotonic()
-        self._post(
-            model.Checked(
-                effect.rule, effect.root, effect.path, effect.state, verdict, why, at, needs, measures, content
-            )
-        )
+        about = (effect.rule, effect.root, effect.path, effect.state)
+        self._post(judged.fact(about, self._clock.monotonic(), effect.scope))
 
 
 T = TypeVar("T")

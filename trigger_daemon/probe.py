@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from trigger_daemon import mounts
-from trigger_daemon.core.model import State, Verdict
+from trigger_daemon.core.model import Checked, State, Verdict
 from trigger_daemon.errors import TriggerError
 
 try:
@@ -237,6 +237,11 @@ class Companions(Mapping[str, Probe]):
     def __len__(self) -> int:
         return len(self._paths)
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Return the names of those that were opened."""
+        return tuple(self._probes)
+
     def recheck(self) -> None:
         """Raise Changed unless every companion that was opened is still in the state it was read in."""
         for probe in self._probes.values():
@@ -257,6 +262,13 @@ class Judged(NamedTuple):
     needs: tuple[str, ...] = ()
     measures: tuple[tuple[str, int], ...] = ()  # check -> its measure
     content: str = ""
+    read: tuple[str, ...] = ()  # names of the companions that were read
+
+    def fact(self, about: tuple[int, int, str, State], at: float, scope: str) -> Checked:
+        """Return what the core is told: about (rule, root, path, state), at a monotonic instant."""
+        rule, root, path, state = about
+        verdict, why, needs, measures, content, read = self
+        return Checked(rule, root, path, state, verdict, why, at, needs, measures, content, scope, read)
 
 
 def run_checks(
@@ -303,6 +315,7 @@ def run_checks(
         tuple(dict.fromkeys(name for one in said for name in one.needs)),
         tuple(pair for one in said for pair in one.measures),
         next((one.content for one in said if one.content), ""),
+        others.read,
     )
 
 

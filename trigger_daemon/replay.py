@@ -63,6 +63,9 @@ _CODES = {
 }
 
 
+Recorded = tuple[str, str, State, bool]  # root, path, state, whether as a companion
+
+
 class Arrival(NamedTuple):
     """A file has a new state (None: it is gone) from this instant on; UTC seconds."""
 
@@ -200,7 +203,7 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
     offset = 0.0
     known: dict[tuple[int, str], State | None] = {}
     arrivals: list[Arrival] = []
-    verdicts: dict[tuple[str, str, State], Judged] = {}
+    verdicts: dict[Recorded, Judged] = {}
     for entry in trace.read(path):
         match entry:
             case trace.Life(_, saved, at, utc):
@@ -217,8 +220,8 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
                         known[place] = state
                         arrivals.append(Arrival(entry.ended + offset, roots.get(entry.root, ""), place[1], state))
             case model.Checked():
-                judged = Judged(entry.verdict, entry.why, entry.needs, entry.measures, entry.content)
-                verdicts[(roots.get(entry.root, ""), entry.path, entry.state)] = judged
+                judged = Judged(entry.verdict, entry.why, entry.needs, entry.measures, entry.content, entry.read)
+                verdicts[(roots.get(entry.root, ""), entry.path, entry.state, bool(entry.scope))] = judged
     checks = _Checks({root: root for root in roots.values()}, verdicts)
     report = _Simulation(rules, arrivals, checks).run()
     if checks.recalled:
@@ -292,7 +295,7 @@ class _Checks:
     """Runs checks on the real files, and remembers what they said."""
 
     def __init__(
-        self, real: Mapping[str, str], recorded: Mapping[tuple[str, str, State], Judged] | None = None
+        self, real: Mapping[str, str], recorded: Mapping[Recorded, Judged] | None = None
     ) -> None:
         self._real = real
         self._recorded = recorded
@@ -316,7 +319,7 @@ class _Checks:
             if now is None or now[:2] != state[:2]:
                 missing = Judged(Verdict.UNKNOWN, "the file is not here to be checked, and its check was not recorded")
                 self.recalled += 1
-                return self._recorded.get((root, effect.path, state), missing)
+                return self._recorded.get((root, effect.path, state, bool(effect.scope)), missing)
             state = now
         here = os.path.dirname(effect.path)
         paths = {
@@ -521,9 +524,7 @@ class _Simulation:
             if (state := self._disk.get((root, directory), {}).get(name)) is not None:
                 companions.append((self._root_paths[root], path, state))
         judged = self._checks.run(effect, self._root_paths[effect.root], companions)
-        verdict, why, needs, measures, content = judged
-        about = (effect.rule, effect.root, effect.path, effect.state)
-        self._step(model.Checked(*about, verdict, why, self._at, needs, measures, content))
+        self._step(judged.fact((effect.rule, effect.root, effect.path, effect.state), self._at, effect.scope))
 
     def _close(self, batch: model.BatchClosed) -> None:
         self._batch = batch.batch

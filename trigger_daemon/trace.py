@@ -375,6 +375,7 @@ _IN: Mapping[str, Callable[[Any], Any]] = {
     "names": _tuple,
     "needs": _tuple,
     "changed": _tuple,
+    "read": _tuple,
     "measures": lambda value: tuple((check, measure) for check, measure in value),
     "verdict": Verdict,
     "fault": _fault,

@@ -761,4 +761,7 @@ def companion_record(companion: Companion) -> model.Member:
     """Return a companion as a manifest keeps it."""
     assert companion.state is not None
     role = "shared" if companion.spec is not None and companion.spec.shared else "companion"
-    return model.Member(companion.root, companion.dir, companion.name, companion.state[0], companion.state[1], role)
+    size, mtime_ns = companion.state[:2]
+    return model.Member(
+        companion.root, companion.dir, companion.name, size, mtime_ns, role, companion.flag, companion.content
+    )

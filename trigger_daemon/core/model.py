@@ -190,6 +190,8 @@ class Checked:
     needs: tuple[str, ...] = ()  # names, relative to the file's directory
     measures: tuple[tuple[str, int], ...] = ()  # check -> what it measured, for comparison with siblings
     content: str = ""  # digest of a part, from the file itself: md5:HEX:OFFSET:LENGTH
+    scope: str = ""  # that of its `Check`
+    read: tuple[str, ...] = ()  # names of companions that the checks have read
 
 
 @dataclass(frozen=True, slots=True)
@@ -620,6 +622,7 @@ class Check:
     checks: tuple[tuple[str, Mapping[str, Any]], ...]
     companions: tuple[tuple[int, str], ...] = ()  # (root, path)
     siblings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # check -> measures of the last files
+    scope: str = ""  # whose checks: '' the rule's own, else those of a companion of it
 
 
 @dataclass(frozen=True, slots=True)

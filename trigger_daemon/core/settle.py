@@ -9,7 +9,7 @@ insertion, and the per-file path makes one object a file and no timer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,8 @@ class Companion:
     asked_at: float = _NEVER  # when the look that is under way was asked for
     answered_at: float = _NEVER  # when the last answered look began
     checking: State | None = None  # the state that is being checked
+    content: str = ""  # as of a file
+    flag: str = ""
     members: dict[Member, None] = field(default_factory=dict)
 
     @property
@@ -312,6 +314,8 @@ class Settling:
             return
         if member.stage in (COMPLETE, CLOSING, BLOCKED):
             self._on_left(member)
+        if member.companions and state != member.state:
+            self._let_go_of_needs(member)  # a new version may name others
         first = self.first_seen.setdefault(member, looked if member.state is NO_STATE else member.looked)
         member.state, member.looked, member.seen = state, looked, looked
         member.stage, member.why, member.flag, member.content = SETTLING, "", "", ""
@@ -437,7 +441,8 @@ class Settling:
     def _check_companion(self, companion: Companion, state: State) -> None:
         companion.checking = state
         alike = self._alike(companion.checks, companion.scope, companion.path)
-        self.out.append(Check(self.key, companion.root, companion.path, state, companion.checks, (), alike))
+        scope = companion.scope
+        self.out.append(Check(self.key, companion.root, companion.path, state, companion.checks, (), alike, scope))
 
     def _alike(self, checks: Sequence[CheckSpec], scope: str, path: str) -> dict[str, tuple[int, ...]]:
         """Return what each check measured of other files."""
@@ -461,17 +466,17 @@ class Settling:
     def checked(self, fact: Checked) -> None:
         """Take a verdict; it counts only for exactly the state that was checked."""
         directory, name = split(fact.path)
-        if fact.root == self.root:
+        if fact.root == self.root and not fact.scope:  # a file may be a companion, too, with other checks
             member = self.dirs.get(directory, {}).get(name)
             if member is not None and member.stage == CHECKING and member.state == fact.state:
                 self._verdict(member, fact)
         for companion in tuple(self.awaited.get((fact.root, directory), {}).get(name, ())):
-            if companion.checking != fact.state:
+            if companion.checking != fact.state or companion.scope != fact.scope:
                 continue
             companion.checking = None
             if companion.state != fact.state:
                 continue
-            companion.verdict, companion.why = fact.verdict, fact.why
+            companion.verdict, companion.why, companion.content = fact.verdict, fact.why, fact.content
             self._measured(companion.scope, fact)
             for member in list(companion.members):
                 if member.stage == CHECKING and (not self.checks or member in self.agreed):  # in any order
@@ -488,6 +493,8 @@ class Settling:
             self._await(member, f"needs {', '.join(missing[:3])}", fact.at)
             self._look_at(member.companions, fact.at, always=True)
             return
+        if fact.verdict != Verdict.INCOMPLETE or fact.needs:  # else a later check was not asked what it needs
+            self._let_go_of_needs(member, {join(member.dir, name) for name in (*fact.needs, *fact.read)})
         self._measured("", fact)
         if fact.verdict == Verdict.INCOMPLETE:
             self._incomplete(member, fact.why, fact.at)
@@ -621,6 +628,14 @@ class Settling:
         companion.members[member] = None
         member.companions = (*member.companions, companion)
 
+    def _let_go_of_needs(self, member: Member, kept: Collection[str] = ()) -> None:
+        """Wait no more for what a check asked for, but for what it still needs: other files make up the set now."""
+        gone = [c for c in member.companions if c.spec is None and c.path not in kept]
+        if gone:
+            member.companions = tuple(c for c in member.companions if c not in gone)
+            for companion in gone:
+                self._let_go(companion, member)
+
     @property
     def _companion_look_s(self) -> float:
         return min(COMPANION_LOOK_S, max(self.quiescence_s, 0.05))
@@ -643,18 +658,19 @@ class Settling:
         self._look_at(companions, at, always=True)
 
     def _companion_look(self, companion: Companion, state: State | None, fact: Seen) -> None:
-        was = (companion.state, companion.quiet)
+        was = (companion.state, companion.quiet, companion.why)
         if state is None:
             companion.state, companion.quiet, companion.verdict, companion.why = None, False, None, "not there yet"
         elif state != companion.state:
             companion.state, companion.looked, companion.quiet = state, fact.ended, False
+            companion.content = companion.flag = ""
             companion.verdict, companion.why = None, "still settling"
         elif not companion.quiet and fact.began >= companion.looked + self.quiescence_s:
             if state[0] or companion.spec is None:  # of one that a check asked for, that check judges
                 companion.quiet, companion.why = True, ""
             else:
                 companion.why = "empty"
-        changed = (companion.state, companion.quiet) != was
+        changed = (companion.state, companion.quiet, companion.why) != was
         self._companion_answered(companion, fact.began, fact.ended, changed=changed)
 
     def _companion_answered(self, companion: Companion, began: float, at: float, *, changed: bool) -> None:
@@ -666,10 +682,12 @@ class Settling:
                     self.timers.cancel((member, "stall"))
                     self._watch_stall(member, at, self._longest_wait_s(member))
                 waiting = self._waiting_for(member, at)
-                if waiting:
-                    member.why = waiting
-                else:
+                if not waiting:
                     self._judge(member, at)
+                elif companion.spec and companion.quiet and not self._waiting_for(member, at, needs=False):
+                    self._check(member, at)  # with it, something that was asked for may be needed no more
+                else:
+                    member.why = waiting
             elif member.stage in (SUSPECT, INCOMPLETE):  # what it lacked may have come
                 self.timers.cancel(member)
                 if waiting := self._waiting_for(member, at):
@@ -681,17 +699,21 @@ class Settling:
         self._on_companion(companion, at)
         self._late(companion, at)
 
-    def _waiting_for(self, member: Member, at: float) -> str:
-        """Return what is missing, '' if nothing is waited for any more."""
+    def _waiting_for(self, member: Member, at: float, *, needs: bool = True) -> str:
+        """Return what is missing, '' if nothing is waited for any more; without `needs`: of what the rule names."""
         for companion in member.companions:
-            if companion.quiet:
-                continue
             spec = companion.spec
-            waited = at - member.seen
+            if companion.quiet or not (spec or needs):
+                continue
+            waited = at - self._quiet_since(member)
             if spec and spec.missing == "go" and waited >= spec.wait_s and companion.state is None:
                 continue
             return f"companion {companion.path}: {companion.why}"
         return ""
+
+    def _quiet_since(self, member: Member) -> float:
+        """Return since when this version is quiet; later looks at it do not begin a wait anew."""
+        return min(member.seen, member.looked + self.quiescence_s)
 
     def _await(self, member: Member, why: str, at: float) -> None:
         member.stage, member.why = AWAITING, why
@@ -713,7 +735,7 @@ class Settling:
         if member.stage != AWAITING:
             return
         limits = [c.spec.wait_s for c in member.companions if not c.quiet and c.spec and c.spec.missing == "block"]
-        if limits and now - member.seen >= min(limits):
+        if limits and now - self._quiet_since(member) >= min(limits):
             self.block(member, f"{member.why or 'a companion is missing'}; waited {min(limits):g} s for it")
             return
         if not self._waiting_for(member, now):
@@ -724,8 +746,12 @@ class Settling:
 
     def waits_until(self, member: Member) -> float | None:
         """Return when the wait for a missing companion ends (monotonic), None if nothing ends it."""
-        ends = [c.spec.wait_s for c in member.companions if not c.quiet and c.spec]
-        return member.seen + min(ends) if ends else None
+        ends = [
+            c.spec.wait_s
+            for c in member.companions
+            if not c.quiet and c.spec and (c.spec.missing == "block" or c.state is None)
+        ]
+        return self._quiet_since(member) + min(ends) if ends else None
 
     # ------------------------------------------------------------------- ends
 
