@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import mmap
 import os
 import subprocess
@@ -579,3 +580,39 @@ def test_all_words_are_for_people() -> None:
         "its done file x.done is not there yet", "a program has it open for writing",
         "1 byte where its siblings have 9 bytes",
     ]
+
+
+def rules_faults(**rule: Any) -> list[str]:
+    base = {"name": "r", "watch": "/data", "match": ["{x}.cbf"], "existing": "process"}
+    read = parse_rules([("r.yaml", json.dumps({"rules": [{**base, **rule}]}))])
+    return [fault.message for fault in read.faults]
+
+
+@pytest.mark.parametrize("check", ["marker", "eiger", {"tiff": {"frames": "mdoc"}}, {"eer": {"frames": "mdoc"}}])
+def test_a_companions_check_that_asks_for_other_files_is_refused(check: Any) -> None:
+    """It would never get them; with a number it asks for nothing."""
+    start = {"copy": {"to": "/out"}}
+    (fault,) = rules_faults(complete={"with": [{"file": "{x}.tif", "checks": [check]}]}, start=start)
+    assert "asks for other files" in fault
+
+    assert not rules_faults(complete={"with": [{"file": "{x}.tif", "checks": [{"tiff": {"frames": 3}}]}]}, start=start)
+
+
+def test_an_own_digest_that_nobody_finds_is_refused() -> None:
+    """`own_digest: verify` without `cbf` would prove nothing, in silence."""
+    start = {"copy": {"to": "/out", "own_digest": "verify"}}
+    (fault,) = rules_faults(start=start)
+    assert "nothing would be verified" in fault
+
+    assert not rules_faults(start=start, complete={"checks": ["cbf"]})
+    assert not rules_faults(start=start, complete={"with": [{"file": "{x}.b.cbf", "checks": ["cbf"]}]})
+
+
+def test_an_image_too_large_for_its_md5_still_hands_its_digest_on() -> None:
+    """The stricter option proves no less: what a check may not read, the copy verifies."""
+    data = cbf_of(bytes(cbf.MD5_BYTES_MAX + 1))
+    outcome = look(cbf, Bytes(data), {"md5": True})
+
+    assert (outcome.verdict, outcome.content) == (Verdict.UNKNOWN, look(cbf, Bytes(data), {}).content)
+    assert outcome.content
+    assert "let the copy verify it" in outcome.why

@@ -335,3 +335,38 @@ def test_a_companion_that_comes_may_make_a_need_needless() -> None:
     lab.answer_check("series_master.tif", read=("s.mdoc",))
 
     assert [sorted(paths) for paths in lab.batches()] == [["s.mdoc", "series_master.tif"]]
+
+
+def test_files_of_one_burst_are_compared_with_each_other() -> None:
+    """A directory that was there before is judged at once; only its first three files have nobody beside them."""
+    lab = measuring(suspect_s=None)
+    for number in range(20):
+        lab.write(f"{number:02d}.tif")
+    lab.run_for(11)
+    while lab.checks_wait:
+        check = lab.checks_wait[0]
+        siblings, measure = check.siblings.get("tiff", ()), 17 if check.path == "15.tif" else 40
+        odd = len(siblings) >= 3 and measure not in siblings
+        verdict = Verdict.SUSPECT if odd else Verdict.COMPLETE if len(siblings) >= 3 else Verdict.UNKNOWN
+        lab.answer_check(check.path, verdict, measures=(("tiff", measure),))
+    lab.run_for(400)
+
+    assert sorted(name for names in lab.batches() for name in names) == [f"{n:02d}.tif" for n in range(20) if n != 15]
+    assert lab.explain("15.tif")[0]["stage"] == "blocked"
+
+
+def test_a_suspect_late_companion_waits_and_goes_marked_or_not_at_all() -> None:
+    """`suspect` of its rule holds for it, too."""
+    for suspect_s, flags in ((300, ["suspect"]), (None, [])):
+        companion = With("{x}.xml", "/data", (("xml", {}),), wait_s=20, missing="go")
+        complete = Complete(quiescence_s=10, companions=(companion,), suspect_s=suspect_s)
+        lab = Lab(rule(match=("{x}.tif",), complete=complete))
+        lab.write("a.tif")
+        lab.run_for(60)
+        lab.verdicts["a.xml"] = (Verdict.SUSPECT, "not well-formed")
+        lab.write("a.xml", heard=False)
+        lab.run_for(250)
+        assert len(lab.closed) == 1
+        lab.run_for(250)
+
+        assert [record.members[0].flag for _, record in lab.closed[1:]] == flags

@@ -213,7 +213,7 @@ def reads_on(probe: Window, *_: Any) -> Outcome:
     ("body", "words"),
     [
         (fails, "check c0 failed: ZeroDivisionError: by nought"),
-        (reads_on, "check c0 gave up: more than 4,096 reads of m.mrc"),
+        (reads_on, "check c0 gave up: more than 20,480 reads of m.mrc"),
         (lambda *_: None, "check c0 failed: AttributeError"),
         (lambda probe, *_: probe.read(-1, 1), "check c0 failed: ValueError"),
     ],

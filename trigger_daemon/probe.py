@@ -27,7 +27,7 @@ except ImportError:  # Windows has no leases
     fcntl = None  # type: ignore[assignment]
 
 BYTES_MAX = 16 * 2**20  # a whole detector frame for its MD5; a structural check needs well below 1 MiB
-READS_MAX = 4_096  # a movie of one directory a frame costs a read each; 1,000 frames are usual for EER
+READS_MAX = 20_480  # a movie of one directory a frame costs a read each; 1,000 frames are usual for EER
 OPEN_MAX = 16  # descriptors on companions at once; an Eiger set may have hundreds
 NEEDS_MAX = 10_000  # names a check may ask for; beyond, it has misread something
 WHY_MAX = 500  # characters; a verdict is read by a person and kept in the journal

@@ -2,7 +2,9 @@
 
 A module holds `OPTIONS` and `check(probe, options, companions) -> Outcome`, and
 may hold `check_options(options)`, which raises OptionFault for options that are
-valid one by one but not together. It reads only through the probe (bounded
+valid one by one but not together. `asks(options)` says whether the check may
+answer with `needs`, which it cannot as a check of a companion;
+`CARRIES_DIGEST = True` that it may answer with `content`. It reads only through the probe (bounded
 bytes, read-only, never locking) and runs on a worker with a deadline, once per
 state of the file, after it was quiet.
 """

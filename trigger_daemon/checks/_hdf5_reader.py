@@ -111,7 +111,9 @@ def images(h5py: Any, file: Any, path: str) -> dict[str, Any]:
         return {"error": f"{path} is no data set with images"}
     low, high = (_attribute(h5py, data, name) for name in (b"image_nr_low", b"image_nr_high"))
     if low is not None and high is not None:
-        return {"images": max(0, high - low + 1), "low": low, "high": high}
+        numbered = max(0, high - low + 1)
+        there = int(data.shape[0]) if data.ndim in (3, 4) else numbered  # the numbers are written first
+        return {"images": min(numbered, there), "low": low, "high": high}
     if data.ndim not in (3, 4):
         return {"error": f"{path} has {data.ndim} dimensions, and no image_nr_low and image_nr_high"}
     return {"images": int(data.shape[0]), "low": None, "high": None}

@@ -10,11 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from trigger_daemon.checks import Outcome, Window
-from trigger_daemon.checks._frames import FRAMES
+from trigger_daemon.checks._frames import FRAMES, MDOC
 from trigger_daemon.checks._tiff import judge
 from trigger_daemon.core.grammar import Options
 
 OPTIONS: Options = {"frames": FRAMES}
+
+
+def asks(options: Mapping[str, Any]) -> bool:
+    """Say whether the check asks for the file's mdoc."""
+    return options.get("frames") == MDOC
 
 
 def check(probe: Window, options: Mapping[str, Any], companions: Mapping[str, Window]) -> Outcome:

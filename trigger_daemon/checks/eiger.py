@@ -63,6 +63,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+def asks(options: Mapping[str, Any]) -> bool:
+    """Say that the check asks for other files."""
+    return True
+
+
 def check(probe: Window, options: Mapping[str, Any], companions: Mapping[str, Window]) -> Outcome:
     """Look at the header of every file; without `images` read the master, and the numbers of images, with h5py."""
     own = judge(probe)

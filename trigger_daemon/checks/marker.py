@@ -36,6 +36,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise OptionFault("file", f"{file!r} {fault}", _HINT)
 
 
+def asks(options: Mapping[str, Any]) -> bool:
+    """Say that the check asks for other files."""
+    return True
+
+
 def check(probe: Window, options: Mapping[str, Any], companions: Mapping[str, Window]) -> Outcome:
     """Ask for the done file until it is there; reads nothing."""
     file = _file(options)

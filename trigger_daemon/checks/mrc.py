@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trigger_daemon.checks import Outcome, Window
-from trigger_daemon.checks._frames import FRAMES, expect
+from trigger_daemon.checks._frames import FRAMES, MDOC, expect
 from trigger_daemon.checks._words import NEVER_WRITTEN, amount, frames, progress
 from trigger_daemon.core.grammar import Option, Options
 from trigger_daemon.core.model import Verdict
@@ -33,6 +33,11 @@ FRAMES_MAX = 2**24  # a multiple of 256 in the wrong byte order would be larger
 PIXEL_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 6: 2, 12: 2}  # by mode; 101 is two pixels a byte
 PACKED = 101
 STAMPS = {b"\x44\x44": "<", b"\x44\x41": "<", b"\x11\x11": ">"}
+
+
+def asks(options: Mapping[str, Any]) -> bool:
+    """Say whether the check asks for the file's mdoc."""
+    return options.get("frames") == MDOC
 
 
 def check(probe: Window, options: Mapping[str, Any], companions: Mapping[str, Window]) -> Outcome:

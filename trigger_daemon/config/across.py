@@ -33,6 +33,8 @@ def check(drafts: Sequence[Draft]) -> None:
             if matches is not None:
                 _captures(draft, matches)
                 _never(draft, matches)
+            _asking(draft)
+            _own_digest(draft)
             _after(draft, rules)
             _proven_by(draft, rules)
             _loops(draft, drafts)
@@ -261,3 +263,30 @@ def _writing_place(options: Read, written: str) -> Value:
                 if str(item.node.value).startswith(written):  # an action may tell only the part before a capture
                     return item
     return options.at
+
+
+# ------------------------------------------------------------------------- checks
+
+
+def _asking(draft: Draft) -> None:
+    """A companion's check gets no other files: one that asks for some would wait for ever."""
+    for companion, read in draft.companions:
+        for name, options in companion.checks:
+            asks = getattr(registry.find_check(name), "asks", None)
+            if asks is not None and asks(options):
+                read.place("checks").add(
+                    f"the check {name} asks for other files, which a companion's check cannot have",
+                    "check the companion with a rule of its own, or with a check that looks at it alone",
+                )
+
+
+def _own_digest(draft: Draft) -> None:
+    """What no check finds cannot be verified."""
+    if draft.rule.options.get("own_digest") != "verify" or draft.options is None:
+        return
+    checks = [*draft.rule.complete.checks, *(spec for one, _ in draft.companions for spec in one.checks)]
+    if not any(getattr(registry.find_check(name), "CARRIES_DIGEST", False) for name, _ in checks):
+        draft.options.places["own_digest"].add(
+            "no check of this rule finds the digest that files carry, so nothing would be verified",
+            "add `checks: [cbf]` to `complete`",
+        )

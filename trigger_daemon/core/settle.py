@@ -9,9 +9,9 @@ insertion, and the per-file path makes one object a file and no timer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trigger_daemon.core import patterns
 from trigger_daemon.core.model import Check, Checked, Effect, Look, Row, Seen, State, Verdict, join, split
@@ -41,6 +41,7 @@ INCOMPLETE_LOOK_MAX_S = 300.0  # and how rarely an old incomplete file is; its c
 LATE_LOOK_S = 60.0  # how often companions are looked for that others went without
 LATE_MAX = 10_000  # of them in one rule, the newest; each is one lstat a minute
 SIBLINGS_MAX = 9  # files whose measures a new one is compared with: enough for a majority, soon renewed
+ALIKE_MIN = 3  # siblings without which a check can compare nothing
 LOOK_NAMES_MAX = 1_000  # names in one Look: the pair of instants of its answer must stay tight
 
 Siblings = dict[str, dict[str, int]]  # check -> path -> what it measured; of companions under their pattern, too
@@ -48,6 +49,11 @@ Siblings = dict[str, dict[str, int]]  # check -> path -> what it measured; of co
 _NEVER = float("-inf")
 
 _RANK = {Verdict.COMPLETE: 0, Verdict.UNKNOWN: 1, Verdict.SUSPECT: 2, Verdict.INCOMPLETE: 3}
+
+
+def _compares(options: Mapping[str, Any]) -> bool:
+    """Say whether a check compares with siblings: `siblings: 5%`, or `frames: siblings`."""
+    return options.get("siblings") is not None or "siblings" in options.values()
 
 
 @dataclass(slots=True, eq=False)
@@ -182,6 +188,8 @@ class Settling:
         self.awaited: dict[tuple[int, str], dict[str, list[Companion]]] = {}
         self.late: dict[Companion, Member] = {}  # companions that their file went without, oldest first
         self.first_seen: dict[Member, float] = {}  # only of members that did not settle at the first try
+        self.compares = [name for name, options in checks if _compares(options)]
+        self.alone: set[Member] = set()  # being checked with fewer siblings than can be compared with
         self.agreed: dict[Member, tuple[Verdict, str]] = {}  # what their own checks said; those of companions still run
         self.count = 0
         self._open: dict[str, Member] | None = None  # the directory that `found` is filling
@@ -436,6 +444,8 @@ class Settling:
         if self.checks:
             there = tuple((c.root, c.path) for c in member.companions if c.quiet)
             alike = self._alike(self.checks, "", member.path)
+            if self.compares and any(len(alike.get(name, ())) < ALIKE_MIN for name in self.compares):
+                self.alone.add(member)
             self.out.append(Check(self.key, self.root, member.path, member.state, self.checks, there, alike))
 
     def _check_companion(self, companion: Companion, state: State) -> None:
@@ -495,6 +505,12 @@ class Settling:
             return
         if fact.verdict != Verdict.INCOMPLETE or fact.needs:  # else a later check was not asked what it needs
             self._let_go_of_needs(member, {join(member.dir, name) for name in (*fact.needs, *fact.read)})
+        if self.alone and member in self.alone:
+            self.alone.discard(member)
+            alike = self._alike(self.checks, "", member.path)
+            if fact.verdict != Verdict.INCOMPLETE and all(len(alike.get(n, ())) >= ALIKE_MIN for n in self.compares):
+                self._check(member, fact.at)  # others of the same burst have been measured meanwhile
+                return
         self._measured("", fact)
         if fact.verdict == Verdict.INCOMPLETE:
             self._incomplete(member, fact.why, fact.at)
@@ -550,6 +566,8 @@ class Settling:
                 self.timers.cancel((member, "beside"))
         if self.agreed:
             self.agreed.pop(member, None)
+        if self.alone:
+            self.alone.discard(member)
         if self.first_seen:
             self.first_seen.pop(member, None)
             self.timers.cancel((member, "stall"))
@@ -848,9 +866,16 @@ class Settling:
                 self._check_companion(companion, companion.state)
         elif companion.verdict == Verdict.INCOMPLETE:
             companion.quiet, companion.verdict = False, None  # checked again at the next look
+        elif companion.verdict == Verdict.SUSPECT and not self._may_go(companion, at):
+            companion.quiet, companion.verdict = False, None
         else:
+            companion.flag = "suspect" if companion.verdict == Verdict.SUSPECT else ""
             self._forget_late(companion, member)
             self._on_late(companion, member, at)
+
+    def _may_go(self, companion: Companion, at: float) -> bool:
+        after = self.rule.complete.suspect_s
+        return after is not None and at >= companion.looked + after
 
     def _forget_late(self, companion: Companion, member: Member) -> None:
         self.late.pop(companion, None)
