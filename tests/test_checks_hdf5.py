@@ -394,10 +394,11 @@ def test_options_are_judged_when_the_rule_is_loaded(monkeypatch: pytest.MonkeyPa
     with pytest.raises(OptionFault, match="more than"):
         eiger.check_options({"images": 10**7 + 1, "per_file": 1000})
 
+    eiger.check_usable({"images": None, "per_file": 1000})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    eiger.check_options({"images": 5, "per_file": 1000})
+    eiger.check_usable({"images": 5, "per_file": 1000})
     with pytest.raises(OptionFault) as fault:
-        eiger.check_options({"images": None, "per_file": 1000})
+        eiger.check_usable({"images": None, "per_file": 1000})
 
     assert "pip install '.[eiger]'" in fault.value.hint
     assert "images: " in fault.value.hint

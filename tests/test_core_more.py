@@ -1034,6 +1034,8 @@ def test_late_companion_travels_in_a_batch_of_its_own():
     lab.write("a.tif")
     lab.run_for(200)
     assert lab.batches() == [("a.tif",)]
+    (about,) = lab.explain("a.xml")
+    assert about["because"] == "a companion of a.tif, which went without it: not there yet; looked for each minute"
     lab.write("a.xml", heard=False)
     lab.run_for(29)  # less than its quiet period
     assert lab.batches() == [("a.tif",)]

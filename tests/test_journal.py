@@ -49,7 +49,7 @@ from trigger_daemon.core.model import (
     RunMoved,
     RunState,
 )
-from trigger_daemon.database import alive, holder
+from trigger_daemon.database import RIDER, alive, holder
 from trigger_daemon.errors import JournalConflict, JournalError, JournalFull
 from trigger_daemon.journal import ClaimReader, Journal, Reader, RootIdentity, migrate
 
@@ -204,7 +204,7 @@ def test_members_and_claims_keep_names_and_times_exactly(journal: Journal) -> No
     reader = ClaimReader(journal.path)
 
     assert journal.manifest(1) == tuple(members)
-    assert reader.directory(1, ODD) == (1, {ODD: [(1, 10, FAR, 1)], "gain": [(0, 12, 5, 1)]})
+    assert reader.directory(1, ODD) == (1, {ODD: [(1, 10, FAR, 1)], "gain": [(RIDER + 1, 12, 5, 1)]})
     assert reader.directory(1, "") == (1, {'quote " back \\ ünï': [(1, 11, -FAR, 1)]})
     assert list(reader.directories(1)) == ["", ODD]
     assert journal.check() == []
@@ -233,7 +233,7 @@ def test_a_companion_travels_with_many_batches(journal: Journal, role: str) -> N
         journal.append([batch(number, members=[Member(1, "s", f"m{number}", 1, 1), gain])])
 
     assert gain in journal.manifest(1) and gain in journal.manifest(2)
-    assert ClaimReader(journal.path).names(1, "", ["gain.mrc"]) == (2, {"gain.mrc": [(0, 99, 1, 2)]})
+    assert ClaimReader(journal.path).names(1, "", ["gain.mrc"]) == (2, {"gain.mrc": [(RIDER + 1, 99, 1, 2)]})
 
 
 def test_a_directory_is_read_with_the_batch_it_is_read_as_of(journal: Journal) -> None:

@@ -38,6 +38,12 @@ def test_explain_gives_the_true_reason(here):
             match=["{n}.mrc"],
             complete={"quiescence": "300ms", "with": [{"file": "{n}.xml", "wait": "10m", "missing": "block"}]},
         ),
+        here.rule(
+            "twin",
+            match=["{n}.mrc"],
+            complete={"quiescence": "300ms", "with": [{"file": "{n}.xml", "wait": "10m", "missing": "block"}]},
+            start={"copy": {"to": str(here.base / "twin")}},
+        ),
         here.rule("many", match=["{n}.cbf"], batch={"files": 10}),
         here.rule("stopped", match=["{n}.eer"]),
         here.rule("fixed", match=["{n}.fix"], on_rewrite="block"),
@@ -75,9 +81,12 @@ def test_explain_gives_the_true_reason(here):
     assert verified["run"] is not None
     assert told(here, data / "old.base", "base")["stage"] == "baseline"
     assert told(here, data / "b.one", "first")["stage"] == "skipped"
+    assert told(here, data / "a.xml", "pair")["because"] == "a companion of a.mrc: not there yet"
     (data / "a.xml").write_text("<a/>")
     here.until(lambda: told(here, data / "a.mrc", "pair")["stage"] == "verified", 20, "a.mrc went with its companion")
     assert told(here, data / "a.xml", "pair")["stage"] == "verified"
+    here.until(lambda: told(here, data / "a.xml", "twin")["stage"] == "verified", 20, "it went for the other rule, too")
+    assert told(here, data / "a.xml", "pair")["stage"] == "verified", "each rule that sent a companion is named"
     (data / "a.tif").write_text("rewritten, and longer")
     here.until(lambda: len(here.manifests("copy")) == 2, 20, "the new version is batched")
     here.until(lambda: told(here, data / "a.tif", "copy")["stage"] == "verified", 20, "and verified")

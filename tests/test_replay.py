@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -173,6 +174,25 @@ def test_times_of_day_close_batches_in_a_replay(tmp_path: Path, monkeypatch: pyt
         ("2025-06-16T06:00", ["a.tif"]), ("2025-06-21T06:00", ["b.tif"]), ("2134-12-22T06:00", ["c.tif"]),
     ]  # fmt: skip
     assert not report.notes
+
+
+def test_times_of_day_are_those_of_the_daemons_zone(tmp_path: Path) -> None:
+    """`at` and `{date}` mean what they mean when the rules run."""
+    put(tmp_path / "a.tif", 0)  # 15:06 UTC, 00:06 of the next day in Tokyo
+    rule = a_rule(batch={"at": ["00:30"]})
+
+    assert replayed(tmp_path, rule).batches[0]["time"].endswith("T00:30:00.000Z")
+    assert replayed(tmp_path, rule, time_zone="Asia/Tokyo").batches[0]["time"].endswith("T15:30:00.000Z")
+
+
+def test_times_beyond_every_calendar_are_replayed(tmp_path: Path) -> None:
+    """A file system may keep years that no calendar has."""
+    put(tmp_path / "a.tif", 0)
+    os.utime(put(tmp_path / "b.tif", 0), (0, 2**33))
+    os.utime(put(tmp_path / "c.tif", 0), (0, -(2**31)))
+
+    found = [name for names in files(replayed(tmp_path, a_rule(), speed=1e-3)) for name in names]
+    assert sorted(found) == ["a.tif", "b.tif", "c.tif"]
 
 
 def test_a_directory_without_files_and_one_without_any_that_fits_are_told(tmp_path: Path) -> None:
@@ -352,6 +372,22 @@ def test_a_recorded_run_replays_to_the_very_same_batches(site: Site) -> None:
     assert mine["as_recorded"] is True
     assert ("b/m5.tif", "movies") in {(entry["path"], entry["rule"]) for entry in mine["left"]}
     assert site.json("rules", "replay", str(site.rules_dir), record[1])["batches"] == mine["batches"]
+    assert_cuts_replay(site.base / "run.trace", site.base / "cut.trace")
+
+
+def assert_cuts_replay(whole: Path, cut: Path) -> None:
+    """Cut where a crash might have cut it, a trace still leads to what it holds; with a batch left out it does not."""
+    data = whole.read_bytes()
+    rand = random.Random(9)
+    edges = [i for i in range(len(data)) if data.startswith(b'{"batch"', i)]
+    for at in (*edges, *(edge + 20 for edge in edges), *(rand.randrange(2_000, len(data)) for _ in range(20))):
+        cut.write_bytes(data[:at])
+        try:
+            assert replay_trace(cut).as_recorded is True, at
+        except trace.TraceError as error:
+            assert "is no trace" in error.message
+    cut.write_bytes(data[: edges[0]] + data[data.index(b"\n", edges[0]) + 1 :])
+    assert replay_trace(cut).as_recorded is False, "the first batch's line is missing from a life that goes on"
 
 
 def test_a_recorded_history_is_replayed_with_other_rules(site: Site) -> None:
@@ -505,9 +541,38 @@ def test_damaged_traces_are_told_by_line_and_never_crash(tmp_path: Path) -> None
             damaged[rand.randrange(len(damaged))] = rand.randrange(256)
         path.write_bytes(damaged)
         try:
-            list(trace.read(path))
+            replay_trace(path)
         except trace.TraceError as error:
             assert str(path) in error.message
+    first, *_, last = whole.splitlines(keepends=True)
+    for line in (b"[" * 100_000, b'["Tick",1e300,1e300]', b'["Tick",2.0,1e12]', b'["Order",1,"explain",7,"","",1.0]'):
+        path.write_bytes(first + line + b"\n" + last)
+        try:
+            replay_trace(path)
+        except trace.TraceError as error:
+            assert str(path) in error.message
+
+
+def test_a_pipe_that_nobody_reads_is_refused_at_once(tmp_path: Path) -> None:
+    """Opening it would wait for a reader, and the daemon's start with it."""
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(trace.TraceError, match="cannot be written"):
+        trace.Recorder(tmp_path / "pipe")
+
+
+def test_a_trace_needs_nothing_installed_for_checks_that_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its verdicts are recorded; on a laptop without h5py it replays all the same."""
+    text = json.dumps({"rules": [a_rule(complete={"checks": ["eiger"]})]})
+    source = [{"file": "r.yaml", "text": text}]
+    recorded(tmp_path / "t", model.RulesOffered(parse_rules([("r.yaml", text)]).rules, {"/data": 1}, source, 1.0))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "h5py" else find_spec(name))
+    assert parse_rules([("r.yaml", text)]).faults
+
+    assert replay_trace(tmp_path / "t").as_recorded is True
 
 
 def test_a_trace_has_an_end(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import random
 import signal
 import socket
 import threading
-import zoneinfo
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -165,7 +164,7 @@ class Life:
         self._root_paths = dict(saved.roots)
         header = trace.Header(
             host=socket.gethostname(),
-            time_zone=settings.time_zone or _local_zone(),
+            time_zone=settings.zone,
             runs_max=settings.throttle.runs,
             keep_done_s=settings.keep_done_s,
             seed=random.getrandbits(48),
@@ -567,16 +566,6 @@ def _signature(rules_dir: Path) -> tuple[tuple[str, int, int], ...]:
     except OSError:
         pass
     return tuple(found)
-
-
-def _local_zone() -> str:
-    """Return the machine's time zone by name, UTC where it has none."""
-    link = os.path.realpath("/etc/localtime")
-    _, found, name = link.partition("zoneinfo/")
-    try:
-        return zoneinfo.ZoneInfo(name).key if found else "UTC"
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError):
-        return "UTC"
 
 
 def _words(fault: ConfigFault) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from trigger_daemon.database import (
     DIRECTORY_MODE,
     FILE_MODE,
     JOURNAL,
+    RIDER,
     DaemonLock,
     damaged,
     fault_of,
@@ -79,7 +80,6 @@ SCHEMA = 1  # PRAGMA user_version of journal.sql
 MIGRATIONS: tuple[str, ...] = ()
 
 WITNESS = "journal.made"
-RIDER = 0  # the `rule` of a claim that is none: this version travelled as a companion, last with this batch
 
 WRITE_BUSY_S = 5.0  # only a person with sqlite3 can hold the write lock; he gets this long
 CHECKPOINT_PAGES = 4_000  # 16 MiB of -wal: a checkpoint costs two syncs, so not after each few commits
@@ -620,7 +620,7 @@ class _Writer:
         self._batches: list[tuple[object, ...]] = []
         self._runs: list[tuple[object, ...]] = []
         self._claims: list[tuple[int, bytes, int, int, int | bytes, int]] = []
-        self._riders: dict[tuple[int, bytes, int, int | bytes], int] = {}  # companions -> newest batch
+        self._riders: dict[tuple[int, bytes, int, int, int | bytes], int] = {}  # companions -> newest batch
         self._tally: dict[tuple[int, str], list[int]] = {}
 
     def write(self, records: Sequence[Effect]) -> None:
@@ -696,7 +696,7 @@ class _Writer:
             dir_id = dir_id or self._dir(root, directory)
             version = mtime_ns if -(2**63) <= mtime_ns < 2**63 else to_number(mtime_ns)
             if role:  # it rides along with whoever needs it, several perhaps: told to people, claimed by nobody
-                key = (dir_id, name.encode("utf-8", "surrogateescape"), size, version)
+                key = (dir_id, name.encode("utf-8", "surrogateescape"), RIDER + rule, size, version)
                 self._riders[key] = batch
                 continue
             claims.append((dir_id, name.encode("utf-8", "surrogateescape"), rule, size, version, batch))
@@ -724,10 +724,7 @@ class _Writer:
             self._batches.clear()
             self._runs.clear()
         if self._riders:
-            riders = [
-                (dir_id, name, RIDER, size, version, batch)
-                for (dir_id, name, size, version), batch in self._riders.items()
-            ]
+            riders = [(*key, batch) for key, batch in self._riders.items()]
             self._riders.clear()
             self.many(
                 "INSERT OR REPLACE INTO claim (dir, name, rule, size, mtime_ns, batch) VALUES (?, ?, ?, ?, ?, ?)",

@@ -17,6 +17,7 @@ from trigger_daemon.core.model import Member, RunState
 from trigger_daemon.core.saved import Count
 from trigger_daemon.database import (
     JOURNAL,
+    RIDER,
     ask,
     from_json,
     from_name,
@@ -149,7 +150,7 @@ class Reader:
     def claims_of(self, root_path: str, rel_path: str) -> list[ClaimOf]:
         """Return every version of a file that a rule dealt with, newest batch first."""
         directory, _, name = rel_path.rpartition("/")
-        values = (to_name(root_path), to_name(directory), to_name(name))
+        values = (RIDER, to_name(root_path), to_name(directory), to_name(name))
         rows = self._ask(
             lambda sql: sql.execute(
                 "SELECT rule.name, claim.rule, claim.size, claim.mtime_ns, claim.batch, run.state, batch.reason,"
@@ -157,7 +158,7 @@ class Reader:
                 " (SELECT max(time) FROM proof WHERE proof.run = run.id)"
                 " FROM claim JOIN dir ON dir.id = claim.dir JOIN root ON root.id = dir.root"
                 " LEFT JOIN batch ON batch.id = claim.batch LEFT JOIN run ON run.id = claim.batch"
-                " LEFT JOIN rule ON rule.id = iif(claim.rule = 0, batch.rule, abs(claim.rule))"
+                " LEFT JOIN rule ON rule.id = iif(claim.rule >= ?, batch.rule, abs(claim.rule))"
                 " WHERE root.path = ? AND dir.path = ? AND claim.name = ? ORDER BY claim.batch DESC, claim.rule",
                 values,
             ).fetchall()
@@ -176,7 +177,7 @@ class Reader:
                 error=_words(error),
                 hint=_words(hint),
                 proof_time=proved,
-                companion=rule == 0,
+                companion=rule >= RIDER,
             )
             for name, rule, size, mtime_ns, batch, state, reason, closed, final, because, error, hint, proved in rows
         ]

@@ -45,6 +45,7 @@ from trigger_daemon.errors import TriggerError
 from trigger_daemon.probe import Judged
 
 FILES_MAX = 2_000_000  # of one replay: about a gigabyte of memory
+FIRST, LAST = -2_000_000_000.0, 200_000_000_000.0  # 1906 and 8307: when files arrive, whatever their times say
 LEFT_MAX = 100_000  # files named one by one among those that are left; the others are counted
 STEPS_MAX = 50_000_000  # of the core, so that no set of rules replays for ever
 FULL_S = 900.0  # between two sweeps that files which cannot go on are looked at by
@@ -119,11 +120,24 @@ class _Providers:
 
 def replay_trace(path: Path) -> Report:
     """Replay a trace as it was. Raises TraceError."""
+    try:
+        return _replay_trace(path)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        hint = "it is damaged, or was changed by hand: replay the one that `serve --record` wrote"
+        raise trace.TraceError(f"{path} cannot be replayed: {type(error).__name__}: {error}", hint=hint) from error
+
+
+def _replay_trace(path: Path) -> Report:
     report = Report()
+    same = True
     recorded: list[Mapping[str, Any]] = []
     engine: Engine | None = None
+    begun = 0  # batches of earlier lives
     ended = False
     for entry in trace.read(path):
+        if isinstance(entry, trace.Life):
+            same &= _as_recorded(report.batches[begun:], recorded, whole=ended or engine is None)
+            begun, recorded = len(report.batches), []
         ended = isinstance(entry, trace.Ended)
         match entry:
             case trace.Life(header, saved, at, utc):
@@ -153,7 +167,7 @@ def replay_trace(path: Path) -> Report:
                                 engine.root_paths.get(effect.root, ""), join(effect.dir, name), rule,
                                 _CODES[effect.code], "skipped",
                             )  # fmt: skip
-    report.as_recorded = report.batches == recorded
+    report.as_recorded = same and _as_recorded(report.batches[begun:], recorded, whole=ended)
     for rule_, below, words in engine.open_files() if engine else ():
         report.leave(rule_.watch, below, rule_.name, words["because"], words["stage"])
     if engine:
@@ -161,6 +175,13 @@ def replay_trace(path: Path) -> Report:
     if not ended:
         report.notes.append("the trace has no end: its daemon still writes it, or was killed")
     return report
+
+
+def _as_recorded(
+    batches: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping[str, Any]], *, whole: bool
+) -> bool:
+    """Compare a life's batches with those recorded; of one that was cut off, the last may not be recorded any more."""
+    return batches == recorded if whole else batches[: len(recorded)] == recorded
 
 
 def _owed(engine: Engine, report: Report) -> None:
@@ -204,10 +225,11 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
     known: dict[tuple[int, str], State | None] = {}
     arrivals: list[Arrival] = []
     verdicts: dict[Recorded, Judged] = {}
+    time_zone = "UTC"
     for entry in trace.read(path):
         match entry:
-            case trace.Life(_, saved, at, utc):
-                offset = utc - at
+            case trace.Life(header, saved, at, utc):
+                offset, time_zone = utc - at, header.time_zone
                 roots.update(saved.roots)
             case model.RulesOffered():
                 roots.update({number: root for root, number in entry.roots.items()})
@@ -223,7 +245,7 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
                 judged = Judged(entry.verdict, entry.why, entry.needs, entry.measures, entry.content, entry.read)
                 verdicts[(roots.get(entry.root, ""), entry.path, entry.state, bool(entry.scope))] = judged
     checks = _Checks({root: root for root in roots.values()}, verdicts)
-    report = _Simulation(rules, arrivals, checks).run()
+    report = _Simulation(rules, arrivals, checks, time_zone).run()
     if checks.recalled:
         words = f"{model.counted(checks.recalled, 'verdict')} as recorded, for files that are not here any more"
         report.notes.append(f"{words}: the options of checks in these rules play no part in them")
@@ -236,27 +258,34 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
 
 
 def replay_directory(
-    rules: Sequence[Rule], roots: Mapping[str, str], *, speed: float = 1.0, only_below: Mapping[str, str] | None = None
+    rules: Sequence[Rule],
+    roots: Mapping[str, str],
+    *,
+    speed: float = 1.0,
+    only_below: Mapping[str, str] | None = None,
+    time_zone: str = "UTC",
 ) -> Report:
     """Replay what lies below real directories.
 
     `roots`: what rules watch, and companions lie in -> the directory that
     stands for it. `speed`: how much faster than their times of modification
     say files arrive. `only_below`: of a root, the directory below it to which
-    the replay is confined. Raises TriggerError.
+    the replay is confined. `time_zone`: that of times of day in rules and of
+    `{date}`. Raises TriggerError.
     """
     faults: list[tuple[str, str, str]] = []
     arrivals: list[Arrival] = []
     for root, real in roots.items():
-        arrivals.extend(_walk(root, real, (only_below or {}).get(root, ""), faults))
-        if len(arrivals) > FILES_MAX:
-            raise TriggerError(
-                f"more than {FILES_MAX:,} files are too many for one replay", hint="replay one session at a time"
-            )
+        for arrival in _walk(root, real, (only_below or {}).get(root, ""), faults):
+            arrivals.append(arrival)
+            if len(arrivals) > FILES_MAX:
+                raise TriggerError(
+                    f"more than {FILES_MAX:,} files are too many for one replay", hint="replay one session at a time"
+                )
     if speed != 1.0 and arrivals:
         first = min(arrivals).at
         arrivals = [arrival._replace(at=first + (arrival.at - first) / speed) for arrival in arrivals]
-    report = _Simulation(rules, arrivals, _Checks(roots)).run()
+    report = _Simulation(rules, arrivals, _Checks(roots), time_zone).run()
     for root, path, why in faults:
         report.leave(root, path, None, why, "unreadable")
     if not arrivals and not faults:
@@ -350,7 +379,9 @@ def _state(path: str) -> State | None:
 class _Simulation:
     """A disk, a scanner, a journal and providers around the real core, on a clock of their own."""
 
-    def __init__(self, rules: Sequence[Rule], arrivals: Sequence[Arrival], checks: _Checks) -> None:
+    def __init__(
+        self, rules: Sequence[Rule], arrivals: Sequence[Arrival], checks: _Checks, time_zone: str
+    ) -> None:
         self._rules = tuple(replace(rule, id=number) for number, rule in enumerate(rules, 1))
         paths = {rule.watch for rule in rules} | {c.root for rule in rules for c in rule.complete.companions}
         self._root_ids = {path: number for number, path in enumerate(sorted(paths), 1)}
@@ -360,7 +391,12 @@ class _Simulation:
             for path, number in self._root_ids.items()
         }
         self._arrivals = sorted(
-            (arrival for arrival in arrivals if arrival.root in self._root_ids), key=lambda arrival: arrival[:3]
+            (
+                arrival._replace(at=min(max(arrival.at, FIRST), LAST))
+                for arrival in arrivals
+                if arrival.root in self._root_ids
+            ),
+            key=lambda arrival: arrival[:3],
         )
         self._checks = checks
         self._disk: dict[tuple[int, str], dict[str, State]] = {}
@@ -377,6 +413,7 @@ class _Simulation:
             rand=lambda: 0.5,
             runs_max=1_000_000,
             keep_done_s=0.0,
+            time_zone=time_zone,
         )
 
     def run(self) -> Report:

@@ -127,7 +127,7 @@ class Recorder:
         self._done_rows = 0  # and by the thread alone
         try:
             # Paths of unpublished work are nobody's business but the group's. Closed by the thread.
-            self._file = open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o640))  # noqa: SIM115
+            self._file = open(path, "ab", opener=_opener)  # noqa: SIM115
         except OSError as error:
             raise TraceError(
                 f"{path} cannot be written: {error.strerror}", hint="choose another file for `serve --record`"
@@ -203,6 +203,15 @@ class Recorder:
                 self._file.flush()
         if self.fault:
             self._file.write(_line({"end": self.fault}))
+
+
+def _opener(name: str, flags: int) -> int:
+    """Open a file, or a pipe that somebody reads, without waiting for a reader."""
+    nonblocking = getattr(os, "O_NONBLOCK", 0)
+    fd = os.open(name, flags | nonblocking, 0o640)
+    if nonblocking:
+        os.set_blocking(fd, True)  # it is the thread that waits for a slow reader
+    return fd
 
 
 def _alone(fd: int) -> bool:
@@ -287,7 +296,7 @@ def _entries(path: Path, lines: Any) -> Iterator[Entry]:
         number += 1
         try:
             plain = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             torn = number  # the daemon was killed while it wrote: nothing, or a new life, follows
             continue
         if torn and not (isinstance(plain, dict) and "trace" in plain):
@@ -344,7 +353,7 @@ def _fact_in(plain: list[Any]) -> Fact:
 def _rules(ids: Mapping[str, int], source: Any) -> tuple[Rule, ...]:
     if not ids:
         return ()
-    parsed = config.parse_rules([(item["file"], item["text"]) for item in source])
+    parsed = config.parse_rules([(item["file"], item["text"]) for item in source], elsewhere=True)
     if parsed.faults:
         raise ValueError(f"this version refuses its rules: {parsed.faults[0].message}")
     return tuple(replace(rule, id=ids[rule.name]) for rule in parsed.rules if rule.name in ids)

@@ -2,11 +2,12 @@
 
 A module holds `OPTIONS` and `check(probe, options, companions) -> Outcome`, and
 may hold `check_options(options)`, which raises OptionFault for options that are
-valid one by one but not together. `asks(options)` says whether the check may
-answer with `needs`, which it cannot as a check of a companion;
-`CARRIES_DIGEST = True` that it may answer with `content`. It reads only through the probe (bounded
-bytes, read-only, never locking) and runs on a worker with a deadline, once per
-state of the file, after it was quiet.
+valid one by one but not together, and `check_usable(options)`, which raises it
+where something that they need is not installed. `asks(options)` says whether
+the check may answer with `needs`, which is of no use at a companion, and
+`CARRIES_DIGEST = True` that it may answer with `content`. A check reads only
+through the probe (bounded bytes, read-only, never locking) and runs on a worker
+with a deadline, once per state of the file, after it was quiet.
 """
 
 from __future__ import annotations

@@ -46,20 +46,23 @@ class _Master(NamedTuple):
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise OptionFault if the master could not be read here, or the set is impossibly large."""
+    """Raise OptionFault if the set is impossibly large."""
     images = options.get("images")
-    if images is None:
-        if importlib.util.find_spec("h5py") is None:
-            raise OptionFault(
-                "",
-                "the check eiger reads masters with h5py, which is not installed",
-                "install the extra `eiger` (`pip install '.[eiger]'`), or say how many images a set has: images: 3600",
-            )
-    elif (count := _files(images, options.get("per_file", PER_FILE))) > FILES_MAX:
+    if images is not None and (count := _files(images, options.get("per_file", PER_FILE))) > FILES_MAX:
         raise OptionFault(
             "per_file",
             f"a set of {count:,} data files is more than the {FILES_MAX:,} that a check looks at",
             "give the images per data file that the detector is set to",
+        )
+
+
+def check_usable(options: Mapping[str, Any]) -> None:
+    """Raise OptionFault if the master could not be read here."""
+    if options.get("images") is None and importlib.util.find_spec("h5py") is None:
+        raise OptionFault(
+            "",
+            "the check eiger reads masters with h5py, which is not installed",
+            "install the extra `eiger` (`pip install '.[eiger]'`), or say how many images a set has: images: 3600",
         )
 
 

@@ -58,11 +58,11 @@ def replay(setup: Setup, paths: tuple[Path, ...], pairs: tuple[str, ...], speed:
             raise click.UsageError("--root and --speed belong to a directory; a trace has its own roots and times")
         report = _trace(given, source)
     elif source.is_dir() and not given and any(source.glob("*.yaml")):  # rules alone: what they watch
-        report = _roots(_rules(setup, paths), pairs, speed)
+        report = _roots(setup, _rules(setup, paths), pairs, speed)
     elif source.is_dir():
         report = _directory(setup, given, source, pairs, speed)
     elif source.suffix in (".yaml", ".yml") and source.exists():  # no directory: what the rules watch
-        report = _roots(_rules(setup, paths), pairs, speed)
+        report = _roots(setup, _rules(setup, paths), pairs, speed)
     else:
         raise TriggerError(
             f"{source} is neither a directory nor a trace" if source.exists() else f"there is no {source}",
@@ -116,11 +116,11 @@ def _trace(given: Sequence[Path], source: Path) -> Report:
     return report
 
 
-def _roots(rules: Sequence[Rule], pairs: Sequence[str], speed: float) -> Report:
+def _roots(setup: Setup, rules: Sequence[Rule], pairs: Sequence[str], speed: float) -> Report:
     from trigger_daemon import replay
 
     roots, notes = _stand_ins(rules, pairs, {})
-    return _noted(replay.replay_directory(rules, roots, speed=speed), notes)
+    return _noted(replay.replay_directory(rules, roots, speed=speed, time_zone=setup.settings().zone), notes)
 
 
 def _directory(setup: Setup, given: Sequence[Path], source: Path, pairs: Sequence[str], speed: float) -> Report:
@@ -153,7 +153,9 @@ def _directory(setup: Setup, given: Sequence[Path], source: Path, pairs: Sequenc
     roots, notes = _stand_ins(replayed, pairs, chosen)
     if left_out := sorted({rule.name for rule in rules} - {rule.name for rule in replayed}):
         notes.append(f"not replayed, as they watch something else: {', '.join(left_out)}")
-    return _noted(replay.replay_directory(replayed, roots, speed=speed, only_below=only), notes)
+    zone = setup.settings().zone
+    report = replay.replay_directory(replayed, roots, speed=speed, only_below=only, time_zone=zone)
+    return _noted(report, notes)
 
 
 def _stand_ins(

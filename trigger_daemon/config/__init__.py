@@ -57,9 +57,12 @@ def load_rules(directory: Path) -> RuleSet:
     return RuleSet(read.rules, read.source, [*faults, *read.faults])
 
 
-def parse_rules(files: Sequence[tuple[str, str]]) -> RuleSet:
-    """Read rules from (name, text) of each file. Never raises for what is written there."""
-    sources = [Source(name, text.removeprefix("\ufeff")) for name, text in files]
+def parse_rules(files: Sequence[tuple[str, str]], *, elsewhere: bool = False) -> RuleSet:
+    """Read rules from (name, text) of each file. Never raises for what is written there.
+
+    `elsewhere`: their checks ran on another machine, and need nothing that is not installed on this one.
+    """
+    sources = [Source(name, text.removeprefix("\ufeff"), elsewhere) for name, text in files]
     drafts: list[Draft] = []
     for source in sources:
         drafts.extend(read_file(source))

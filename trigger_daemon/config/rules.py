@@ -403,9 +403,10 @@ def _check(value: Value) -> CheckSpec:
     check = _find_check(place, name)
     before = len(value.source.faults)
     options = _options(place, given, check.OPTIONS, f"the check {name}")
-    judge = getattr(check, "check_options", None)
-    if judge is not None and len(value.source.faults) == before:
-        _ask_about(judge, options, given or place)
+    judges = ("check_options",) if value.source.elsewhere else ("check_options", "check_usable")
+    for judge in filter(None, (getattr(check, hook, None) for hook in judges)):
+        if len(value.source.faults) == before:
+            _ask_about(judge, options, given or place)
     return name, options.values
 
 

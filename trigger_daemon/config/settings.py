@@ -7,6 +7,7 @@ percentages ratios.
 
 from __future__ import annotations
 
+import os
 import re
 import zoneinfo
 from collections.abc import Callable, Mapping
@@ -187,6 +188,17 @@ class Settings(BaseSettings):
     globus: dict[str, Any] = {}
     log: LogSettings = LogSettings()
     keep_done_s: Duration = Field(default=7_776_000.0, alias="keep_done", gt=0)  # with their manifests
+
+    @property
+    def zone(self) -> str:
+        """The time zone that times of day are meant in: as set, else the machine's, UTC where it has none."""
+        if self.time_zone is not None:
+            return self.time_zone
+        _, found, name = os.path.realpath("/etc/localtime").partition("zoneinfo/")
+        try:
+            return zoneinfo.ZoneInfo(name).key if found else "UTC"
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError):
+            return "UTC"
 
     @classmethod
     def settings_customise_sources(

@@ -63,6 +63,7 @@ class Source:
 
     file: str
     text: str
+    elsewhere: bool = False  # rules of another machine: what is not installed on this one is no fault of theirs
     faults: list[ConfigFault] = field(default_factory=list)
     lines: list[str] = field(init=False)
     visited: int = 0

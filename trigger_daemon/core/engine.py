@@ -928,7 +928,31 @@ class Engine:
         rules = []
         for assembly, below in self._at_path(path):
             rules.append({"rule": assembly.rule.name, **self._stage(assembly, below, order.at)})
+        for name, words in self._needed_by(path):
+            rules = [about for about in rules if about["rule"] != name or about["stage"] != "unmatched"]
+            if all(about["rule"] != name for about in rules):
+                rules.append({"rule": name, "stage": "unmatched", "because": words, "until_time": None})
         return {"ok": True, "rules": rules}
+
+    def _needed_by(self, path: str) -> Iterator[tuple[str, str]]:
+        """Yield the rules that look for a file as a companion, with words about whose."""
+        for number, root in self.root_paths.items():
+            if not path.startswith(root.rstrip("/") + "/"):
+                continue
+            directory, name = split(path[len(root.rstrip("/")) + 1 :])
+            for assembly in self.assemblies.values():
+                settling = assembly.settling
+                for companion in settling.awaited.get((number, directory), {}).get(name, ()):
+                    state = companion.why if companion.verdict or companion.state is None else "there"
+                    if not companion.members and companion not in settling.late:
+                        continue
+                    if (member := settling.late.get(companion)) is not None:
+                        words = f"a companion of {member.path}, which went without it: {state}; looked for each minute"
+                    else:
+                        first, more = next(iter(companion.members)).path, len(companion.members) - 1
+                        others = f" and {counted(more, 'other')}" if more else ""
+                        words = f"a companion of {first}{others}: {state}"
+                    yield assembly.rule.name, words
 
     def _stage(self, assembly: Assembly, below: str, at: float) -> dict[str, Any]:
         """Say where a path stands in a rule; stage '' when only the journal can tell."""
