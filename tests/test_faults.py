@@ -430,6 +430,33 @@ def fill(directory: Path) -> Path:
     return path
 
 
+def test_a_full_disk_does_not_stop_the_journal_from_recording(mounts, site):
+    """The ballast is given up: what is under way ends, new files go, an alarm tells; with room it is made again."""
+    here = site()
+    mounts.tmpfs(here.state, size="64m")
+    here.write_rules(here.rule())
+    here.start()
+    ballast = here.state / "ballast"
+    here.until(ballast.exists, 10, "the ballast is made")
+    size = ballast.stat()
+    assert size.st_blocks * 512 >= size.st_size == 64 * MiB // 20
+    put(here.data / "a", 5, "before")
+    here.until_verified(5)
+
+    filler = fill(here.state)
+    put(here.data / "b", 40, "during")
+    here.until_verified(45)
+    here.until(lambda: any(alarm["key"] == "ballast" for alarm in alarms(here)), 10, "the alarm tells of it")
+    assert not ballast.exists() and "journal.full" not in here.log.read_text()
+
+    filler.unlink()
+    here.stop()
+    here.start()
+    here.until(ballast.exists, 10, "the ballast is made again")
+    here.until(lambda: not any(alarm["key"] == "ballast" for alarm in alarms(here)), 10, "the alarm is over")
+    here.judge()
+
+
 @pytest.mark.parametrize(("events", "used"), [("auto", True), ("none", False)])
 def test_a_full_journal_starts_nothing_and_makes_up_for_it(mounts, site, events, used):
     """No room for the journal: nothing starts, the log says why; with room again every file goes, once."""
@@ -441,6 +468,8 @@ def test_a_full_journal_starts_nothing_and_makes_up_for_it(mounts, site, events,
     put(here.data / "a", first, "before")
     if used:
         here.until_verified(5)
+    here.until((here.state / "ballast").exists, 10, "the ballast is made")
+    (here.state / "ballast").unlink()  # it was given up before
     filler = fill(here.state)
     attempts = here.ask("SELECT count(*) FROM attempt")
     put(here.data / "b", 400, "during", 3_000)
@@ -465,6 +494,7 @@ def test_a_full_journal_starts_nothing_and_makes_up_for_it(mounts, site, events,
     assert here.json("journal", "check")["problems"] == []
     assert "journal.broken" not in here.log.read_text(), "something was done that the journal did not know"
 
+    (here.state / "ballast").unlink(missing_ok=True)
     filler = fill(here.state)
     before = here.log.read_text().count("journal.full")
     put(here.data / "d", 400, "at the end", 3_000)

@@ -46,6 +46,7 @@ RULES_EVERY_S = 2.0  # how often the rule files are looked at; a change is taken
 COMMIT_AGAIN_S = 1.0  # a failed commit is tried again so often
 RESTART_S = 2.0  # after a broken journal
 THIN_EVERY_S = 3_600.0
+BALLAST_EVERY_S = 30.0  # how often it is looked whether there is room for the ballast again
 THIN_RUNS = 1_000
 WAL_ALARM_BYTES = 256 * 2**20  # a checkpoint keeps it near 16 MiB while nobody stands in the way
 PART_STOPS_S = 5.0  # the service manager is less patient than a hung share
@@ -145,6 +146,8 @@ class Life:
         self._next_beat = 0.0
         self._next_rules = 0.0
         self._next_thin = self.clock.monotonic() + 60.0
+        self._next_ballast = 0.0
+        self._on_reserve = False
         self._root_paths: dict[int, str] = {}
 
     # ------------------------------------------------------------------ start
@@ -373,6 +376,9 @@ class Life:
             if self.daemon.recorder and self.daemon.recorder.fault:
                 self.log.warning("recording.ended", why=self.daemon.recorder.fault)
                 self.daemon.recorder = None
+            if self.journal.ballast_given_up != self._on_reserve:
+                self._on_reserve = not self._on_reserve
+                self.log.warning("journal.on_reserve" if self._on_reserve else "journal.reserve_made_again")
             self.scanner.supervise(now)
             self.executor.supervise(now)
             self.volumes.sample(now)
@@ -382,6 +388,9 @@ class Life:
             self.providers.is_paused = bool(self.engine.runs.paused_all)
             self._tell()
             self.daemon.notify.alive()
+        if now >= self._next_ballast:
+            self._next_ballast = now + BALLAST_EVERY_S
+            self._journal_thread.submit(self.journal.keep_ballast)
         if now >= self._next_thin:
             self._next_thin = now + THIN_EVERY_S
             self._journal_thread.submit(self._thin)
@@ -414,6 +423,17 @@ class Life:
                     "key": "journal",
                     "what": f"the journal cannot be written: {self._commit_fault}",
                     "hint": f"make room on the disk of {self.settings.state_dir}; nothing starts, and nothing is lost",
+                    "since_time": self.clock.utc(),
+                    "acked_by": None,
+                },
+            )
+        elif self.journal.ballast_given_up:
+            words["alarms"].insert(
+                0,
+                {
+                    "key": "ballast",
+                    "what": f"the disk of {self.settings.state_dir} was full: the journal writes in its reserve",
+                    "hint": "make room there soon; the reserve is made again by itself, and without it nothing starts",
                     "since_time": self.clock.utc(),
                     "acked_by": None,
                 },

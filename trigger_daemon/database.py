@@ -24,6 +24,7 @@ from trigger_daemon.errors import JournalConflict, JournalError, JournalFull, Jo
 JOURNAL = "journal.db"
 CONTROL = "control.db"
 LOCK = "lock"
+BALLAST = "ballast"
 
 FILE_MODE = 0o660  # group members ask and order; SQLite gives -wal and -shm the mode of their file
 DIRECTORY_MODE = 0o2770

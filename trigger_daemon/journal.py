@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from trigger_daemon import __version__
+from trigger_daemon.ballast import Ballast
 from trigger_daemon.core.model import (
     AlarmAcked,
     AlarmCleared,
@@ -120,6 +121,8 @@ class Journal:
         self._reading = threading.Lock()  # readers of manifests do not wait for a commit
         self._dirs: OrderedDict[tuple[int, str], int] = OrderedDict()
         self._broken = False
+        self._ballast = Ballast(state_dir)
+        self.ballast_given_up = False  # the disk was full, and has no room for it yet
         self._connect()
 
     @classmethod
@@ -228,6 +231,12 @@ class Journal:
 
     # ----------------------------------------------------------------- reading
 
+    def keep_ballast(self) -> None:
+        """Make the ballast, again if it was given up and there is room for it."""
+        with self._writing:
+            if self._ballast.keep():
+                self.ballast_given_up = False
+
     def load(self) -> Saved:
         """Return what the engine restores, in one snapshot; done work and manifests are not read."""
         with self._reading:
@@ -310,7 +319,19 @@ class Journal:
                 pass  # a bad disk; what was committed is in the -wal, and the next opening finds it
 
     def _transact(self, work: Callable[[_Writer], T]) -> T:
-        """Run `work` on a writer in one transaction; the caller holds the lock."""
+        """Run `work` on a writer in one transaction, a second time if a full disk refuses it and the ballast makes room.
+
+        The caller holds the lock.
+        """
+        try:
+            return self._transact_once(work)
+        except JournalFull:
+            if not self._ballast.give_up():
+                raise
+            self.ballast_given_up = True
+            return self._transact_once(work)
+
+    def _transact_once(self, work: Callable[[_Writer], T]) -> T:
         if self._broken:
             raise JournalIo(f"{self.path} has failed and was not reopened")
         committed = False
