@@ -598,6 +598,16 @@ def test_a_companions_check_that_asks_for_other_files_is_refused(check: Any) -> 
     assert not rules_faults(complete={"with": [{"file": "{x}.tif", "checks": [{"tiff": {"frames": 3}}]}]}, start=start)
 
 
+def test_a_companion_that_is_named_twice_is_refused() -> None:
+    """One file has one verdict."""
+    twice = [{"file": "{x}.xml", "checks": [{"size": {"at_least": "5B"}}]}, {"file": "{x}.xml", "checks": ["xml"]}]
+    (fault,) = rules_faults(complete={"with": twice}, start={"copy": {"to": "/out"}})
+    assert "there twice" in fault
+
+    twice[1]["in"] = "/elsewhere"
+    assert not rules_faults(complete={"with": twice}, start={"copy": {"to": "/out"}})
+
+
 def test_an_own_digest_that_nobody_finds_is_refused() -> None:
     """`own_digest: verify` without `cbf` would prove nothing, in silence."""
     start = {"copy": {"to": "/out", "own_digest": "verify"}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lab import Lab, rule
 from trigger_daemon.core import model
 from trigger_daemon.core.model import Verdict
@@ -370,3 +372,67 @@ def test_a_suspect_late_companion_waits_and_goes_marked_or_not_at_all() -> None:
         lab.run_for(250)
 
         assert [record.members[0].flag for _, record in lab.closed[1:]] == flags
+
+
+def test_a_shared_companion_that_comes_later_follows() -> None:
+    """Once for those that went without it; and it rides along with each file that comes after it."""
+    companion = With("gain.mrc", "/data", (), wait_s=20, missing="go", shared=True)
+    for another in (False, True):
+        lab = Lab(rule(match=("{x}.tif",), complete=Complete(quiescence_s=10, companions=(companion,))))
+        lab.write("a.tif")
+        lab.write("b.tif")
+        lab.run_for(60)
+        assert sorted(lab.batches()) == [("a.tif",), ("b.tif",)]
+        lab.write("gain.mrc", heard=False)
+        if another:
+            lab.write("c.tif")
+        lab.run_for(300)
+
+        alone = lab.batches().count(("gain.mrc",))
+        assert alone == 1 or (another and alone == 0)
+        assert lab.batches().count(("c.tif", "gain.mrc")) == another
+        assert not [mark for mark in lab.ledger.marks if mark[2] == "late"]
+
+
+@pytest.mark.parametrize("verdict", [Verdict.INCOMPLETE, Verdict.SUSPECT, None])
+def test_a_late_companion_that_cannot_follow_raises_an_alarm_with_its_reason(verdict: Verdict | None) -> None:
+    """Cut, suspect where the rule blocks, or empty: a person is told which and why; mended, it follows."""
+    companion = With("{x}.xml", "/data", (("xml", {}),), wait_s=20, missing="go")
+    complete = Complete(quiescence_s=10, companions=(companion,), suspect_s=None, stalled_after_s=600)
+    lab = Lab(rule(match=("{x}.tif",), complete=complete))
+    lab.write("a.tif")
+    lab.run_for(60)
+    if verdict:
+        lab.verdicts["a.xml"] = (verdict, "ends in the middle")
+    lab.write("a.xml", 0 if verdict is None else 5, heard=False)
+    lab.run_for(1_000)
+
+    reason = "empty" if verdict is None else "ends in the middle"
+    (alarm,) = [alarm.what for key, alarm in lab.engine.alarms.open.items() if key == "late:r"]
+    assert alarm.endswith(f"a.xml: {reason}")
+    assert lab.explain("a.xml")[0]["because"].endswith(f"went without it: {reason}; looked for each minute")
+    lab.verdicts.clear()
+    lab.write("a.xml", 7, heard=False)
+    lab.run_for(300)
+    assert lab.batches() == [("a.tif",), ("a.xml",)]
+    assert "late:r" not in lab.engine.alarms.open
+
+
+def test_companions_of_one_burst_are_compared_with_each_other() -> None:
+    """As files are: only the first three have nobody beside them."""
+    companion = With("{x}.xml", "/data", (("size", {"siblings": "5%"}),), wait_s=60)
+    lab = Lab(rule(match=("{x}.tif",), complete=Complete(quiescence_s=10, companions=(companion,), suspect_s=None)))
+    lab.checks_wait = []
+    for number in range(20):
+        lab.write(f"{number:02d}.tif")
+        lab.write(f"{number:02d}.xml")
+    lab.run_for(30)
+    while lab.checks_wait:
+        check = lab.checks_wait[0]
+        siblings, measure = check.siblings.get("size", ()), 17 if check.path == "15.xml" else 40
+        odd = len(siblings) >= 3 and measure not in siblings
+        verdict = Verdict.SUSPECT if odd else Verdict.COMPLETE if len(siblings) >= 3 else Verdict.UNKNOWN
+        lab.answer_check(check.path, verdict, measures=(("size", measure),))
+    lab.run_for(400)
+
+    assert sorted(names[0] for names in lab.batches()) == [f"{n:02d}.tif" for n in range(20) if n != 15]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,8 @@ def test_companions_that_are_missing_or_alone_are_told(tmp_path: Path) -> None:
 
     assert files(report) == [["a.tif"]]
     assert left(report) == {
-        "a.xml": "a companion of a.tif, which went without it: not there",
+        "a.xml": "a companion of a.tif, which went without it: not there yet",
+        "gain.mrc": "a companion of a.tif, which went without it: not there yet",
         "b.xml": "a companion: no file that it belongs to was sent",
     }
     assert "rule r: no file came with a companion `gain.mrc` (in /data)" in report.notes
@@ -551,6 +553,69 @@ def test_damaged_traces_are_told_by_line_and_never_crash(tmp_path: Path) -> None
             replay_trace(path)
         except trace.TraceError as error:
             assert str(path) in error.message
+
+
+def test_a_damaged_trace_is_told_with_other_rules_too(tmp_path: Path) -> None:
+    """Whatever the way, no traceback."""
+    path = tmp_path / "t"
+    recorded(path, EVERY_FACT[0])
+    first, second, *rest = path.read_bytes().splitlines(keepends=True)
+    fields = json.loads(second)
+    fields[5] = None
+    path.write_bytes(b"".join([first, json.dumps(fields).encode() + b"\n", *rest]))
+
+    with pytest.raises(trace.TraceError, match="cannot be replayed"):
+        replay_history(rules_of(a_rule(watch="/data")), path)
+
+
+def test_a_trace_torn_at_its_very_beginning_is_begun_anew(tmp_path: Path) -> None:
+    """A daemon that was killed as it began must be able to start again with the same --record."""
+    (tmp_path / "t").write_bytes(b'{"tra')
+    recorded(tmp_path / "t", EVERY_FACT[8])
+
+    assert len(list(trace.read(tmp_path / "t"))) == 3
+
+
+def test_a_verdict_is_recalled_for_the_checks_that_gave_it_only(tmp_path: Path) -> None:
+    """Two rules judged one file differently; each keeps its own word, and another check has none."""
+    one, two = (
+        a_rule(name=name, complete={"quiescence": "10s", "checks": [check]})
+        for name, check in (("one", {"size": {"at_least": "1B"}}), ("two", "xml"))
+    )
+    text = json.dumps({"rules": [one, two]})
+    rules = tuple(replace(rule, id=n) for n, rule in enumerate(parse_rules([("r.yaml", text)]).rules, 1))
+    state = (5, int((DAY + 10) * 1e9), 1, 1)
+    wants = ((1, 0), (2, 0))
+    facts = [
+        model.RulesOffered(rules, {"/data": 1}, [{"file": "r.yaml", "text": text}], 10.0),
+        model.Seen(1, "", [("a.tif", state, wants)], 11.0, 11.0, "hint", "close", 0),
+        model.Checked(1, 1, "a.tif", state, model.Verdict.COMPLETE, "5 bytes", 25.0),
+        model.Checked(2, 1, "a.tif", state, model.Verdict.INCOMPLETE, "cut", 25.0),
+    ]
+    recorded(tmp_path / "t", *facts)
+
+    def outcome(*rules: dict[str, Any]) -> tuple[list[list[str]], str]:
+        report = replay_history(rules_of(*rules), tmp_path / "t")
+        return files(report), left(report).get("a.tif", "")
+
+    assert outcome(one | {"priority": 3}) == ([["a.tif"]], "")
+    assert outcome(two | {"priority": 3})[1].startswith("cut")
+    other = outcome(one | {"complete": {"checks": ["cbf"]}})
+    assert other == ([["a.tif"]], ""), "unknown lets a file go"
+
+
+def test_companions_that_came_late_are_told_once_and_truly(tmp_path: Path) -> None:
+    """A cut one is there; it is not `not there`, nor has no file been sent that it belongs to."""
+    put(tmp_path / "m1.tif", 0)
+    put(tmp_path / "m1.xml", 500, b"<a><b>")
+    complete = {"quiescence": "10s", "with": [{"file": "{x}.xml", "checks": ["xml"], "wait": "20s", "missing": "go"}]}
+    report = replayed(tmp_path, a_rule(complete=complete, batch={"files": 9, "oldest_waits": "9999d"}))
+    assert files(report) == [["m1.tif"]], "a wait of years is over at once"
+
+    report = replayed(tmp_path, a_rule(complete=complete))
+    (entry,) = report.left
+    assert entry["path"] == "m1.xml"
+    assert entry["because"].startswith("a companion of m1.tif, which went without it: ends before")
 
 
 def test_a_pipe_that_nobody_reads_is_refused_at_once(tmp_path: Path) -> None:

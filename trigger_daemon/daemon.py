@@ -30,7 +30,7 @@ from trigger_daemon.core import model
 from trigger_daemon.core.engine import Engine
 from trigger_daemon.core.model import RECORDS, Effect, Fact, RunState
 from trigger_daemon.core.rules import Rule
-from trigger_daemon.errors import ConfigError, ConfigFault, JournalError, JournalFull
+from trigger_daemon.errors import ConfigError, ConfigFault, JournalDamaged, JournalError, JournalFull
 from trigger_daemon.executor import Executor, Providers
 from trigger_daemon.failpoints import fail_point
 from trigger_daemon.inbox import Inbox
@@ -85,6 +85,8 @@ class Daemon:
             self._life = life
             try:
                 await life.run()
+            except JournalDamaged:  # only a person mends it
+                raise
             except JournalError as error:
                 if first and not life.working:
                     raise

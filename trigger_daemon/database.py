@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from trigger_daemon.errors import JournalConflict, JournalError, JournalFull, JournalIo
+from trigger_daemon.errors import JournalConflict, JournalDamaged, JournalError, JournalFull, JournalIo
 
 JOURNAL = "journal.db"
 CONTROL = "control.db"
@@ -114,7 +114,7 @@ def fault_of(error: sqlite3.Error, path: Path) -> JournalError:
     if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
         return JournalIo(f"the disk failed under {path}: {error}", hint="look at the disk and its mount (dmesg)")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return damaged(path, str(error), io=True)
+        return damaged(path, str(error))
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return JournalError(f"{path} is locked by another program", hint=f"`fuser -v {path}` names it; end it")
     if code == sqlite3.SQLITE_CONSTRAINT:
@@ -122,13 +122,13 @@ def fault_of(error: sqlite3.Error, path: Path) -> JournalError:
     return JournalError(f"{path}: {error}")
 
 
-def damaged(path: Path, why: str, *, io: bool = False) -> JournalError:
+def damaged(path: Path, why: str) -> JournalDamaged:
     """Return the error for a journal that cannot be read; it is never replaced in silence."""
     hint = (
-        f"restore {path} from a backup, or `sqlite3 {path} .recover` into a new file; starting without it would send"
-        " every file again: move it away only if that is wanted"
+        "`trigger-daemon journal recover` sets it aside, takes over what can be read, and says what cannot be known;"
+        " nothing is started before a person says `resume`. Or restore it from a backup"
     )
-    return (JournalIo if io else JournalError)(f"{path} is damaged: {why}", hint=hint)
+    return JournalDamaged(f"{path} is damaged: {why}", hint=hint)
 
 
 def _no_room(directory: Path) -> bool:

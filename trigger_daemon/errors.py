@@ -33,6 +33,10 @@ class JournalIo(JournalError):
     io = True
 
 
+class JournalDamaged(JournalIo):
+    """The journal cannot be read any more: a person decides (`trigger-daemon journal recover`)."""
+
+
 class JournalConflict(JournalError):
     """A record contradicts what the journal holds (a version claimed twice); nothing of the transaction stays."""
 

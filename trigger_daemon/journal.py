@@ -295,7 +295,13 @@ class Journal:
     # ------------------------------------------------------------------ inside
 
     def _connect(self) -> None:
+        unclean = self.wal_bytes() > 0
         self._write, version = _open_for_writing(self.path)
+        try:
+            _refuse_damage(self._write, self.path, unclean=unclean)
+        except JournalError:
+            self._write.close()
+            raise
         try:
             if version < SCHEMA:
                 migrate(self._write, MIGRATIONS)
@@ -319,7 +325,7 @@ class Journal:
                 pass  # a bad disk; what was committed is in the -wal, and the next opening finds it
 
     def _transact(self, work: Callable[[_Writer], T]) -> T:
-        """Run `work` on a writer in one transaction, a second time if a full disk refuses it and the ballast makes room.
+        """Run `work` on a writer in one transaction, again if a full disk refuses it and the ballast makes room.
 
         The caller holds the lock.
         """
@@ -493,7 +499,7 @@ def _create(state_dir: Path) -> None:
     if witness.exists():
         raise JournalError(
             f"{path} is gone, though there was one ({WITNESS} lies beside it)",
-            hint=f"restore it from a backup; or remove {witness} to begin anew, which sends every file again",
+            hint="restore it from a backup; or `trigger-daemon journal recover`, which starts nothing twice",
         )
     wal = path.with_name(f"{JOURNAL}-wal")
     if wal.exists() and wal.stat().st_size:
@@ -504,23 +510,28 @@ def _create(state_dir: Path) -> None:
             old.unlink(missing_ok=True)
         os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, FILE_MODE))
         new.chmod(FILE_MODE)
-        schema = resources.files("trigger_daemon").joinpath("journal.sql").read_text(encoding="utf-8")
         connection = sqlite3.connect(new, isolation_level=None)
         try:
-            connection.executescript(f"BEGIN; {schema}; COMMIT;")
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA}")
+            make_tables(connection)
             connection.execute("PRAGMA journal_mode = WAL")
         finally:
             connection.close()
         new.rename(path)
         _witness(witness)
-        _sync_directory(state_dir)
+        sync_directory(state_dir)
     except sqlite3.Error as error:
         raise fault_of(error, new) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise (JournalFull if full else JournalError)(f"cannot make {path}: {error.strerror}") from error
+
+
+def make_tables(connection: sqlite3.Connection) -> None:
+    """Make an empty journal of an empty SQLite file."""
+    schema = resources.files("trigger_daemon").joinpath("journal.sql").read_text(encoding="utf-8")
+    connection.executescript(f"BEGIN; {schema}; COMMIT;")
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA}")
 
 
 def _witness(path: Path) -> None:
@@ -534,7 +545,7 @@ def _witness(path: Path) -> None:
         pass  # a full disk; the next start leaves it
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -570,6 +581,21 @@ def _open_for_writing(path: Path) -> tuple[sqlite3.Connection, int]:
         connection.close()
         raise
     return connection, int(version)
+
+
+def _refuse_damage(connection: sqlite3.Connection, path: Path, *, unclean: bool) -> None:
+    """Raise JournalDamaged for a file whose pages, after a crash, do not hang together.
+
+    A claim on a damaged page is not seen, and its file would be sent twice.
+    """
+    if not unclean:
+        return
+    try:
+        words = [words for (words,) in connection.execute("PRAGMA quick_check(1)") if words != "ok"]
+    except sqlite3.Error as error:
+        raise fault_of(error, path) from error
+    if words:
+        raise damaged(path, words[0].replace("\n", " "))
 
 
 def _recognise(connection: sqlite3.Connection, path: Path, version: int) -> None:
@@ -969,6 +995,12 @@ def _attempt(row: Sequence[Any]) -> SavedAttempt:
     return SavedAttempt(attempt, from_json(prepared), from_json(handle), made, ended, words)
 
 
+def _floor(read: sqlite3.Connection) -> int:
+    """Return the number that new batches are above: a recovered journal does not know the last ones."""
+    found = read.execute("SELECT value FROM kept WHERE key = 'batch_floor'").fetchone()
+    return int(from_json(found[0])) if found else 0
+
+
 def _load(read: sqlite3.Connection) -> Saved:
     last = {  # the rows of a run come in the order of its attempts, so the last one stays
         row[0]: row[1:]
@@ -1019,7 +1051,7 @@ def _load(read: sqlite3.Connection) -> Saved:
     runs.sort(key=lambda run: run.id)
     source = read.execute("SELECT source FROM rule_set ORDER BY id DESC LIMIT 1").fetchone()
     return Saved(
-        last_batch=read.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()[0],
+        last_batch=max(read.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()[0], _floor(read)),
         runs=tuple(runs),
         kept={from_text(key): from_json(value) for key, value in read.execute("SELECT key, value FROM kept")},
         baselines={(rule, root): at for rule, root, at in read.execute("SELECT rule, root, time FROM baseline")},

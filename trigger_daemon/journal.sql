@@ -42,7 +42,7 @@ CREATE TABLE claim (
     rule     INTEGER NOT NULL,             -- negative: as a marker of that rule; plus 2^40: travelled as its companion, claimed by none
     size     INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL,             -- decimal digits as BLOB beyond 64 bits: clocks say anything
-    batch    INTEGER NOT NULL,             -- 0 baseline, -1 skipped by an operator, -2 marker, -3 rewrite ignored
+    batch    INTEGER NOT NULL,             -- 0 or less: a CLAIM_* code of core/model.py
     time     INTEGER,                      -- when, where there is no batch to know it
     PRIMARY KEY (dir, name, rule, size, mtime_ns)
 ) WITHOUT ROWID;

@@ -9,6 +9,7 @@ what was seen. Every run succeeds at once. Nothing is written anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import math
@@ -30,6 +31,7 @@ from trigger_daemon.core.model import (
     CLAIM_ONLY_FIRST,
     CLAIM_REWRITE_IGNORED,
     CLAIM_SKIPPED,
+    CLAIM_UNKNOWN,
     Check,
     Fact,
     Row,
@@ -39,7 +41,7 @@ from trigger_daemon.core.model import (
     split,
 )
 from trigger_daemon.core.patterns import Matcher, compiled, why_not
-from trigger_daemon.core.rules import Rule
+from trigger_daemon.core.rules import CheckSpec, Rule
 from trigger_daemon.core.saved import Saved
 from trigger_daemon.errors import TriggerError
 from trigger_daemon.probe import Judged
@@ -61,10 +63,11 @@ _CODES = {
     CLAIM_SKIPPED: "an operator skipped it",
     CLAIM_REWRITE_IGNORED: "it was rewritten after a batch had taken it (on_rewrite: ignore)",
     CLAIM_ONLY_FIRST: "only_first: the batch of its group was full",
+    CLAIM_UNKNOWN: "it was there when the journal was recovered, which does not know whether it was sent",
 }
 
 
-Recorded = tuple[str, str, State, bool]  # root, path, state, whether as a companion
+Recorded = tuple[str, str, State, str]  # root, path, state, the checks: with their options, or their names alone
 
 
 class Arrival(NamedTuple):
@@ -120,8 +123,15 @@ class _Providers:
 
 def replay_trace(path: Path) -> Report:
     """Replay a trace as it was. Raises TraceError."""
-    try:
+    with _telling_damage(path):
         return _replay_trace(path)
+
+
+@contextlib.contextmanager
+def _telling_damage(path: Path) -> Iterator[None]:
+    """Facts that the core cannot take come of a trace that is not what was written."""
+    try:
+        yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         hint = "it is damaged, or was changed by hand: replay the one that `serve --record` wrote"
         raise trace.TraceError(f"{path} cannot be replayed: {type(error).__name__}: {error}", hint=hint) from error
@@ -189,7 +199,7 @@ def _owed(engine: Engine, report: Report) -> None:
     for assembly in engine.assemblies.values():
         for companion, member in assembly.settling.late.items():
             where = engine.root_paths.get(companion.root, "")
-            words = f"a companion of {member.path}, which went without it: not there"
+            words = f"a companion of {member.path}, which went without it: {companion.why or 'there'}"
             report.leave(where, companion.path, assembly.rule.name, words, "missing")
 
 
@@ -197,11 +207,11 @@ def _name(engine: Engine, number: int) -> str | None:
     return next((rule.name for rule in engine.rules.values() if rule.id == abs(number)), None)
 
 
-def recorded_rules(path: Path) -> Iterator[tuple[Rule, ...]]:
-    """Yield the rule sets that a trace was recorded with. Raises TraceError."""
-    for entry in trace.read(path):
-        if isinstance(entry, model.RulesOffered) and entry.fault is None and entry.rules:
-            yield entry.rules
+def recorded_rules(path: Path) -> list[tuple[Rule, ...]]:
+    """Return the rule sets that a trace was recorded with. Raises TraceError."""
+    with _telling_damage(path):
+        offers = [entry for entry in trace.read(path) if isinstance(entry, model.RulesOffered)]
+        return [offer.rules for offer in offers if offer.fault is None and offer.rules]
 
 
 def same_rules(rules: Sequence[Rule], others: Sequence[Rule]) -> bool:
@@ -218,13 +228,19 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
 
     Only files that the recorded rules looked at are known. A check is made on
     the file itself if it is still there in the same version, else its recorded
-    verdict is taken.
+    verdict of the same checks is taken.
     """
+    with _telling_damage(path):
+        return _replay_history(rules, path)
+
+
+def _replay_history(rules: Sequence[Rule], path: Path) -> Report:
     roots: dict[int, str] = {}
     offset = 0.0
     known: dict[tuple[int, str], State | None] = {}
     arrivals: list[Arrival] = []
     verdicts: dict[Recorded, Judged] = {}
+    named: dict[int, Rule] = {}
     time_zone = "UTC"
     for entry in trace.read(path):
         match entry:
@@ -232,6 +248,7 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
                 offset, time_zone = utc - at, header.time_zone
                 roots.update(saved.roots)
             case model.RulesOffered():
+                named.update({rule.id: rule for rule in entry.rules})
                 roots.update({number: root for root, number in entry.roots.items()})
             case model.Tick(at, utc):
                 offset = utc - at
@@ -243,7 +260,8 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
                         arrivals.append(Arrival(entry.ended + offset, roots.get(entry.root, ""), place[1], state))
             case model.Checked():
                 judged = Judged(entry.verdict, entry.why, entry.needs, entry.measures, entry.content, entry.read)
-                verdicts[(roots.get(entry.root, ""), entry.path, entry.state, bool(entry.scope))] = judged
+                for said in _said_by(_recorded_checks(named.get(abs(entry.rule)), entry.scope)):
+                    verdicts[(roots.get(entry.root, ""), entry.path, entry.state, said)] = judged
     checks = _Checks({root: root for root in roots.values()}, verdicts)
     report = _Simulation(rules, arrivals, checks, time_zone).run()
     if checks.recalled:
@@ -252,6 +270,20 @@ def replay_history(rules: Sequence[Rule], path: Path) -> Report:
     for missing in sorted({rule.watch for rule in rules} - set(roots.values())):
         report.notes.append(f"{missing} was not watched when the trace was recorded")
     return report
+
+
+def _recorded_checks(rule: Rule | None, scope: str) -> Sequence[CheckSpec]:
+    """Return the checks that a recorded verdict is the answer to."""
+    if rule is None:
+        return ()
+    if not scope:
+        return rule.complete.checks
+    return next((c.checks for c in rule.complete.companions if scope == f"{c.file}: "), ())
+
+
+def _said_by(checks: Sequence[CheckSpec]) -> tuple[str, str]:
+    """Return by what a verdict is looked up: the same checks, else checks of the same names."""
+    return repr(checks), repr([name for name, _ in checks])
 
 
 # ------------------------------------------------------------------------ directories
@@ -348,7 +380,8 @@ class _Checks:
             if now is None or now[:2] != state[:2]:
                 missing = Judged(Verdict.UNKNOWN, "the file is not here to be checked, and its check was not recorded")
                 self.recalled += 1
-                return self._recorded.get((root, effect.path, state, bool(effect.scope)), missing)
+                said = (self._recorded.get((root, effect.path, state, by)) for by in _said_by(effect.checks))
+                return next(filter(None, said), missing)
             state = now
         here = os.path.dirname(effect.path)
         paths = {
@@ -422,10 +455,15 @@ class _Simulation:
         engine.restore(Saved(), self._at, self._at)
         self._step(model.RulesOffered(self._rules, self._root_ids, [], self._at))
         horizon = max((_horizon_s(rule) for rule in self._rules), default=0.0) + SLACK_S
+        late_s = max((_horizon_s(replace(rule, batch=None)) for rule in self._rules), default=0.0)
+        late_until = (self._arrivals[-1].at if self._arrivals else self._at) + late_s
         number, end, sweep_at = 0, self._at + horizon, self._at + FULL_S
         for _ in range(STEPS_MAX):
             coming = self._arrivals[number].at if number < len(self._arrivals) else math.inf
             deadline = self._deadline(sweep_at)
+            if coming == math.inf and self._at > late_until:  # no companion will come any more
+                for assembly in self._engine.assemblies.values():
+                    self._engine.timers.cancel((assembly.settling, "late"))
             if deadline > end:  # all that rules wait for is over: such files never will be whole
                 deadline = math.inf
                 if end < coming < math.inf:  # what is due meanwhile (a time of day) was due before the next file came
@@ -583,6 +621,11 @@ class _Simulation:
     def _leave(self) -> None:
         """Name every file that is in no batch, and why."""
         names = {rule.id: rule.name for rule in self._rules}
+        late = {
+            (companion.root, companion.path)
+            for assembly in self._engine.assemblies.values()
+            for companion in assembly.settling.late
+        }
         waiting = {(rule.id, path): words for rule, path, words in self._engine.open_files()}
         _owed(self._engine, self._report)
         taken = {
@@ -608,7 +651,7 @@ class _Simulation:
                     else:
                         continue
                     self._report.leave(self._root_paths[root], path, names[abs(rule)], because, stage)
-                if not ids and self._absolute(root, path) not in taken:
+                if not ids and self._absolute(root, path) not in taken and (root, path) not in late:
                     self._unmatched(root, path)
 
     def _absolute(self, root: int, path: str) -> str:

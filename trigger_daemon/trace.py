@@ -36,6 +36,8 @@ BYTES_MAX = 4 * 2**30  # of a trace: some ten million looks
 WAITING_MAX = 200_000  # rows of looks that wait for a slow disk, some 60 MB: the loop never does
 LINE_MAX = 256 * 2**20  # bytes of a line; a journal with a hundred thousand open runs has some 100 MB at its start
 
+BEGIN = b'{"trace":'  # of a file
+
 _FACTS: Mapping[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
@@ -136,6 +138,9 @@ class Recorder:
             self._file.close()
             raise TraceError(f"another daemon writes {path}", hint="choose another file for `serve --record`")
         self._bytes = os.fstat(self._file.fileno()).st_size
+        if 0 < self._bytes < len(BEGIN) and BEGIN.startswith(path.read_bytes()):  # killed as it began
+            os.ftruncate(self._file.fileno(), 0)
+            self._bytes = 0
         if self._bytes and not _is_trace(path):
             self._file.close()
             raise TraceError(f"{path} is there, and is no trace", hint="choose another file for `serve --record`")
@@ -233,7 +238,7 @@ def _rows_of(entry: Any) -> int:
 
 def _is_trace(path: Path) -> bool:
     with open(path, "rb") as file:
-        return file.read(9).startswith(b'{"trace":')
+        return file.read(len(BEGIN)) == BEGIN
 
 
 def _ends_a_line(path: Path) -> bool:

@@ -23,6 +23,7 @@ from trigger_daemon.core.model import (
     CLAIM_ONLY_FIRST,
     CLAIM_REWRITE_IGNORED,
     CLAIM_SKIPPED,
+    CLAIM_UNKNOWN,
     RunState,
 )
 from trigger_daemon.errors import NotRunning, TriggerError
@@ -38,6 +39,7 @@ _CODES = {
     CLAIM_MARKER: ("skipped", "it acted as a marker of this rule (close_on), once"),
     CLAIM_REWRITE_IGNORED: ("skipped", "it was rewritten after it was batched (on_rewrite: ignore)"),
     CLAIM_ONLY_FIRST: ("skipped", "the batch of its group was full before it was complete (only_first)"),
+    CLAIM_UNKNOWN: ("skipped", "it was there when the journal was recovered, which does not know whether it was sent"),
 }
 _STATES = {
     RunState.VERIFIED: "verified", RunState.HELD: "held", RunState.ABANDONED: "abandoned",

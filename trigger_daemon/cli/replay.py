@@ -76,6 +76,8 @@ def replay(setup: Setup, paths: tuple[Path, ...], pairs: tuple[str, ...], speed:
 
 def _is_trace(path: Path) -> bool:
     try:
+        if not path.is_file():  # a pipe would wait for its writer
+            return False
         with path.open("rb") as file:
             return file.read(9).startswith(b'{"trace":')
     except OSError:
@@ -108,7 +110,7 @@ def _trace(given: Sequence[Path], source: Path) -> Report:
     read = read_rules(tuple(given))
     if read.faults:
         raise ConfigError(read.faults)
-    recorded = list(replay.recorded_rules(source))
+    recorded = replay.recorded_rules(source)
     if recorded and all(replay.same_rules(read.rules, rules) for rules in recorded):
         return replay.replay_trace(source)
     report = replay.replay_history(read.rules, source)

@@ -33,6 +33,7 @@ def check(drafts: Sequence[Draft]) -> None:
             if matches is not None:
                 _captures(draft, matches)
                 _never(draft, matches)
+            _companions_twice(draft)
             _asking(draft)
             _own_digest(draft)
             _after(draft, rules)
@@ -266,6 +267,18 @@ def _writing_place(options: Read, written: str) -> Value:
 
 
 # ------------------------------------------------------------------------- checks
+
+
+def _companions_twice(draft: Draft) -> None:
+    """One file has one verdict: what is to be checked of a companion stands in one entry."""
+    seen: set[tuple[str, str]] = set()
+    for companion, read in draft.companions:
+        place = (companion.root, companion.file)
+        if place in seen:
+            read.place("file").add(
+                f"the companion `{companion.file}` is there twice", "write all its checks into one entry of `with`"
+            )
+        seen.add(place)
 
 
 def _asking(draft: Draft) -> None:

@@ -19,6 +19,8 @@ from trigger_daemon.core.alarms import Alarms
 from trigger_daemon.core.assembly import LATE, SIBLINGS, Assembly, canonical, companion_records, record_of
 from trigger_daemon.core.model import (
     CLAIM_BASELINE,
+    CLAIM_UNKNOWN,
+    UNKNOWN,
     Answer,
     BaselineSet,
     BatchClosed,
@@ -177,7 +179,8 @@ class Engine:
         self._settlings: dict[int, Settling] = {}
         self._by_root: dict[int, list[Settling]] = {}
         self._baselines: set[tuple[int, int]] = set()
-        self._baseline_asks: dict[tuple[int, int], tuple[int, bool]] = {}  # -> ask, whether what is there is left out
+        self._baseline_asks: dict[tuple[int, int], tuple[int, str]] = {}  # -> ask, what becomes of what is there
+        self._unknown: dict[int, int] = {}  # rule -> files left out because a recovered journal does not know them
         self._existing: dict[str, str] = {}  # what `rules apply` decided, until its baseline is taken
         self._siblings: dict[int, Siblings] = {}  # rule -> what its checks measured of the last files
         self._ask = 0
@@ -324,12 +327,26 @@ class Engine:
             settling = self._settlings.get(rule)
             if settling is None or settling.root != fact.root:
                 continue
-            if fact.cause == "sweep" and self._baseline_asks.get((abs(rule), fact.root), (0, False))[1]:
-                rows_left = self._take_baseline(settling, fact, rows)
-                if rows_left:
-                    settling.found(fact, rows_left, earlier)
-            else:
-                settling.found(fact, rows, earlier)
+            existing = self._baseline_asks.get((abs(rule), fact.root), (0, ""))[1] if self._baseline_asks else ""
+            left = rows
+            if existing == "ignore" and fact.cause == "sweep":
+                left = self._take_baseline(settling, fact, rows)
+            elif existing.startswith(UNKNOWN):
+                left = self._leave_unknown(settling, fact, rows, float(existing.removeprefix(UNKNOWN)))
+            if left:
+                settling.found(fact, left, earlier)
+
+    def _leave_unknown(self, settling: Settling, fact: Seen, rows: Sequence[Row], before_utc: float) -> Sequence[Row]:
+        """What was there when the journal was recovered, and is in no claim of it, may have been sent or not.
+
+        The kernel's own instant of change tells, which no copy can set back. A hint of such a file says nothing new.
+        """
+        old = [(name, *state[:2]) for name, state, _ in rows if state is not None and state[2] < before_utc * 1e9]
+        if old and fact.cause == "sweep":
+            self._out.append(Claimed(settling.key, fact.root, fact.dir, old, CLAIM_UNKNOWN, self._utc(fact.ended)))
+            self._unknown[abs(settling.key)] = self._unknown.get(abs(settling.key), 0) + len(old)
+        names = {name for name, *_ in old}
+        return [row for row in rows if row[0] not in names]
 
     def _take_baseline(self, settling: Settling, fact: Seen, rows: Sequence[Row]) -> Sequence[Row]:
         """`existing: ignore`: what the first complete sweep finds, and no hint has named, was there before."""
@@ -390,9 +407,18 @@ class Engine:
                 self._out.append(BaselineSet(rule, root, self._utc(fact.ended)))
                 if self._existing.pop(f"existing:{rule}:{root}", None):
                     self._out.append(Kept(f"existing:{rule}:{root}", None))
+                self._tell_unknown(rule, fact.ended)
         for assembly in self.assemblies.values():
             if assembly.root == fact.root:
                 assembly.swept(fact.asked, fact.ended)
+
+    def _tell_unknown(self, rule: int, at: float) -> None:
+        files, assembly = self._unknown.pop(rule, 0), self.assemblies.get(rule)
+        if files and assembly is not None:
+            rule_ = assembly.rule
+            what = f"{counted(files, 'file')} in {rule_.watch}: the recovered journal does not know if they were sent"
+            hint = "`explain PATH` names each; `files resend PATH` sends one; `alarms ack` when it is settled"
+            self.alarms.raised(f"recovered:{rule_.name}", f"rule {rule_.name} leaves out {what}", hint, at)
 
     def _sweep_again(self, fact: Swept) -> None:
         """A failed sweep answers nothing: what waits for it is asked for again, in a while."""
@@ -657,7 +683,7 @@ class Engine:
                     if fact.applied == "same":
                         self._out.append(ClaimsCarried(rule.id, known[was.watch], root))
                 existing = self._existing.get(f"existing:{rule.id}:{root}", existing)
-                self._baseline_asks[(rule.id, root)] = (self._next_ask(), existing == "ignore")
+                self._baseline_asks[(rule.id, root)] = (self._next_ask(), existing)
         served = {(rule.id, self.roots[rule.watch]) for rule in rules}
         self._baseline_asks = {key: ask for key, ask in self._baseline_asks.items() if key in served}
         self._forget_roots(fact.at)
@@ -687,7 +713,7 @@ class Engine:
             return
         self.timers.cancel((rule.id, "at"))
         assembly.retire()
-        for kind in ("stalled", "blocked"):
+        for kind in ("stalled", "blocked", "late"):
             self.alarms.clear(f"{kind}:{rule.name}", self._now)
 
     def _forget_roots(self, at: float) -> None:
@@ -905,6 +931,9 @@ class Engine:
         key = str(order.args.get("key", ""))
         keys = list(self.alarms.open) if key in ("", "all") else [key]
         done = [k for k in keys if self.alarms.ack(k, order.who, order.at)]
+        for key in done:
+            if key.startswith("recovered:"):  # it tells of what was, and a person has seen it
+                self.alarms.clear(key, order.at)
         if not done:
             return _no(f"there is no alarm {key!r}", "`trigger-daemon alarms list` names them")
         return {"ok": True, "acked": done, "text": f"{len(done)} acknowledged; they stand until their cause is gone"}
@@ -943,7 +972,7 @@ class Engine:
             for assembly in self.assemblies.values():
                 settling = assembly.settling
                 for companion in settling.awaited.get((number, directory), {}).get(name, ()):
-                    state = companion.why if companion.verdict or companion.state is None else "there"
+                    state = companion.why or "there"
                     if not companion.members and companion not in settling.late:
                         continue
                     if (member := settling.late.get(companion)) is not None:
@@ -1057,6 +1086,7 @@ class Engine:
     def _tell_blocked(self, at: float) -> None:
         """Raise or clear the alarms about files that cannot go on by themselves."""
         for assembly in self.assemblies.values():
+            self._tell_late(assembly, at)
             for kind, members in (("blocked", assembly.blocked), ("stalled", assembly.stalled)):
                 key = f"{kind}:{assembly.rule.name}"
                 if not members:
@@ -1072,6 +1102,15 @@ class Engine:
                     "then `files go` or `files skip`",
                     at,
                 )
+
+    def _tell_late(self, assembly: Assembly, at: float) -> None:
+        key, late = f"late:{assembly.rule.name}", assembly.settling.late_stalled(at) if assembly.settling.late else []
+        if not late:
+            self.alarms.clear(key, at)
+            return
+        what = f"{counted(len(late), 'companion')} of {assembly.rule.name} came late and cannot follow their files"
+        hint = "mend or replace it: it is looked at each minute"
+        self.alarms.raised(key, f"{what}, the first: {late[0].path}: {late[0].why or 'being checked'}", hint, at)
 
     def snapshot(self) -> dict[str, Any]:
         """Return what the heartbeat tells the command line."""

@@ -35,6 +35,8 @@ CLAIM_SKIPPED = -1  # `files skip`
 CLAIM_MARKER = -2  # a marker version that acted
 CLAIM_REWRITE_IGNORED = -3  # `on_rewrite: ignore`
 CLAIM_ONLY_FIRST = -4  # `only_first`: complete after its group's batch was full
+UNKNOWN = "unknown:"  # plus a UTC second: what a recovered journal says of files that were there before then
+CLAIM_UNKNOWN = -5  # there before the journal was recovered, which does not know whether it was sent
 
 Cause = Literal["hint", "deadline", "sweep"]
 Signal = Literal["none", "close", "rename"]

@@ -189,7 +189,7 @@ class Settling:
         self.late: dict[Companion, Member] = {}  # companions that their file went without, oldest first
         self.first_seen: dict[Member, float] = {}  # only of members that did not settle at the first try
         self.compares = [name for name, options in checks if _compares(options)]
-        self.alone: set[Member] = set()  # being checked with fewer siblings than can be compared with
+        self.alone: set[Member | Companion] = set()  # being checked with fewer siblings than can be compared with
         self.agreed: dict[Member, tuple[Verdict, str]] = {}  # what their own checks said; those of companions still run
         self.count = 0
         self._open: dict[str, Member] | None = None  # the directory that `found` is filling
@@ -444,7 +444,7 @@ class Settling:
         if self.checks:
             there = tuple((c.root, c.path) for c in member.companions if c.quiet)
             alike = self._alike(self.checks, "", member.path)
-            if self.compares and any(len(alike.get(name, ())) < ALIKE_MIN for name in self.compares):
+            if not self._enough(self.compares, alike):
                 self.alone.add(member)
             self.out.append(Check(self.key, self.root, member.path, member.state, self.checks, there, alike))
 
@@ -452,6 +452,8 @@ class Settling:
         companion.checking = state
         alike = self._alike(companion.checks, companion.scope, companion.path)
         scope = companion.scope
+        if not self._enough([name for name, options in companion.checks if _compares(options)], alike):
+            self.alone.add(companion)
         self.out.append(Check(self.key, companion.root, companion.path, state, companion.checks, (), alike, scope))
 
     def _alike(self, checks: Sequence[CheckSpec], scope: str, path: str) -> dict[str, tuple[int, ...]]:
@@ -460,6 +462,18 @@ class Settling:
             return {}
         known = ((name, self.siblings.get(scope + name)) for name, _ in checks)
         return {name: tuple(n for other, n in of.items() if other != path) for name, of in known if of}
+
+    @staticmethod
+    def _enough(compares: Sequence[str], alike: Mapping[str, Sequence[int]]) -> bool:
+        return all(len(alike.get(name, ())) >= ALIKE_MIN for name in compares)
+
+    def _alone_before(self, one: Member | Companion, compares: Sequence[str], scope: str, fact: Checked) -> bool:
+        """Say whether others of the same burst have been measured meanwhile, so that it is to be checked once more."""
+        if one not in self.alone:
+            return False
+        self.alone.discard(one)
+        specs: list[CheckSpec] = [(name, {}) for name in compares]
+        return fact.verdict != Verdict.INCOMPLETE and self._enough(compares, self._alike(specs, scope, fact.path))
 
     def _measured(self, scope: str, fact: Checked) -> None:
         """Remember by what the next files are compared: suspect ones count, or nothing could ever change."""
@@ -486,6 +500,10 @@ class Settling:
             companion.checking = None
             if companion.state != fact.state:
                 continue
+            compares = [name for name, options in companion.checks if _compares(options)] if self.alone else ()
+            if self.alone and self._alone_before(companion, compares, companion.scope, fact):
+                self._check_companion(companion, companion.state)
+                continue
             companion.verdict, companion.why, companion.content = fact.verdict, fact.why, fact.content
             self._measured(companion.scope, fact)
             for member in list(companion.members):
@@ -505,12 +523,9 @@ class Settling:
             return
         if fact.verdict != Verdict.INCOMPLETE or fact.needs:  # else a later check was not asked what it needs
             self._let_go_of_needs(member, {join(member.dir, name) for name in (*fact.needs, *fact.read)})
-        if self.alone and member in self.alone:
-            self.alone.discard(member)
-            alike = self._alike(self.checks, "", member.path)
-            if fact.verdict != Verdict.INCOMPLETE and all(len(alike.get(n, ())) >= ALIKE_MIN for n in self.compares):
-                self._check(member, fact.at)  # others of the same burst have been measured meanwhile
-                return
+        if self.alone and self._alone_before(member, self.compares, "", fact):
+            self._check(member, fact.at)
+            return
         self._measured("", fact)
         if fact.verdict == Verdict.INCOMPLETE:
             self._incomplete(member, fact.why, fact.at)
@@ -802,16 +817,19 @@ class Settling:
         """Look for the file's companions no more, but for those that it goes without."""
         for companion in member.companions:
             spec = companion.spec
-            if member.batch and spec and spec.missing == "go" and not spec.shared and companion.state is None:
+            if member.batch and spec and spec.missing == "go" and companion.state is None:
                 self._go_without(companion, member)
-            else:
-                self._let_go(companion, member)
+                continue
+            if member.batch and companion.quiet and (other := self.late.get(companion)):
+                self._forget_late(companion, other)  # it has gone with this one
+            self._let_go(companion, member)
         member.companions = ()
 
     def _let_go(self, companion: Companion, member: Member) -> None:
         companion.members.pop(member, None)
         if companion.members:
             return
+        self.alone.discard(companion)
         place = (companion.root, companion.dir)
         names = self.awaited.get(place, {})
         sharing = [c for c in names.get(companion.name, ()) if c is not companion]
@@ -872,6 +890,11 @@ class Settling:
             companion.flag = "suspect" if companion.verdict == Verdict.SUSPECT else ""
             self._forget_late(companion, member)
             self._on_late(companion, member, at)
+
+    def late_stalled(self, at: float) -> list[Companion]:
+        """Return the companions that came late and cannot follow: not whole, suspect, empty, for too long."""
+        limit = self.rule.complete.stalled_after_s
+        return [c for c in self.late if c.state is not None and at - c.looked >= limit]
 
     def _may_go(self, companion: Companion, at: float) -> bool:
         after = self.rule.complete.suspect_s

@@ -1,0 +1,355 @@
+"""Begin again after a damaged or lost journal, without losing a file and without starting one twice.
+
+What can be read is taken over. What cannot may be: a batch that was started, a
+file that was sent. So the damaged journal is set aside, every run that had not
+ended is held, the files that are there now and in no claim that could be read
+are left out by name (`explain`) unless repeating is harmless, and nothing
+starts before a person says `resume`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trigger_daemon.core.model import CLAIM_UNKNOWN, UNKNOWN
+from trigger_daemon.core.rules import Rule
+from trigger_daemon.database import (
+    FILE_MODE,
+    JOURNAL,
+    RIDER,
+    DaemonLock,
+    from_json,
+    to_json,
+    to_name,
+    to_number,
+    to_text,
+)
+from trigger_daemon.errors import JournalError, JournalIo
+from trigger_daemon.journal import WITNESS, make_tables, sync_directory
+from trigger_daemon.reader import faults_of, members_of
+
+ASIDE = "journal.damaged-"  # plus when; directories beside the journal
+NEW = "journal.recovered"
+COPY = "journal.copy"
+BATCHES_LOST_MAX = 1_000_000  # numbers that are not given again, as providers may know them
+HELD = "the journal was recovered at {}: what became of this run since is not known"
+
+# Table -> its first key column, by which a reading goes on behind a damaged page; then its whole key.
+_TABLES = {
+    "kept": ("", "key"), "rule": ("id", "id"), "root": ("id", "id"), "dir": ("id", "id"),
+    "claim": ("dir", "dir, name, rule, size, mtime_ns"), "batch": ("id", "id"), "run": ("id", "id"),
+    "attempt": ("run", "run, attempt"), "transition": ("id", "id"), "proof": ("run", "run, attempt"),
+    "baseline": ("", "rule, root"), "group_mark": ("", "rule, captures, kind"), "alarm": ("id", "id"),
+    "ordered": ("id", "id"), "rule_set": ("id", "id"), "program": ("id", "id"),
+}  # fmt: skip
+
+
+@dataclass
+class Salvaged:
+    """What was taken over, and what cannot be known."""
+
+    aside: str  # where the damaged journal lies now; '' if there was none
+    problems: list[str]  # what was wrong with it
+    batches: int = 0
+    claims: int = 0
+    damaged: list[str] = field(default_factory=list)  # tables that could not be read whole
+    newest_time: float | None = None  # of what could be read
+    missing: list[tuple[int, int]] = field(default_factory=list)  # numbers of batches between others, first to last
+    held: list[int] = field(default_factory=list)  # runs that had not ended
+    left_out: list[str] = field(default_factory=list)  # rules whose unknown files are left out
+    sent_again: list[str] = field(default_factory=list)  # and those whose are sent
+
+
+def salvage(state_dir: Path, rules: Sequence[Rule], send: Collection[str], now: float) -> Salvaged:
+    """Put a new journal in the place of a damaged or lost one.
+
+    `rules` are those that will be in force; of `send` the files that the new
+    journal does not know are sent again. Raises JournalError: a daemon runs,
+    the journal is sound, or the disk fails. Killed at any point it can be
+    called again.
+    """
+    lock = DaemonLock(state_dir)
+    try:
+        source = _source(state_dir)
+        with _Copied(state_dir, source) as copy:
+            problems = _problems(copy)
+            if source is not None and not problems:
+                raise JournalError(f"{source} is sound", hint="nothing is to be recovered; start the daemon")
+            told = Salvaged("", problems or ["it is gone"])
+            new = state_dir / NEW
+            for old in state_dir.glob(f"{NEW}*"):
+                old.unlink()
+            os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, FILE_MODE))
+            new.chmod(FILE_MODE)
+            with closing(sqlite3.connect(new, isolation_level=None)) as sql:
+                make_tables(sql)
+                sql.execute("BEGIN")
+                if copy is not None:
+                    _take_over(copy, sql, told)
+                _make_consistent(sql, told, now)
+                _begin_with_care(sql, told, rules, send, now)
+                sql.execute("COMMIT")
+                if faults := faults_of(sql):
+                    raise JournalError(f"the recovered journal does not agree with itself: {faults[0]}")
+                sql.execute("PRAGMA journal_mode = WAL")
+        told.aside = _set_aside(state_dir, now)
+        new.rename(state_dir / JOURNAL)
+        (state_dir / WITNESS).touch(FILE_MODE)
+        sync_directory(state_dir)
+        return told
+    except (OSError, sqlite3.Error) as error:
+        raise JournalIo(f"{state_dir}: {error}", hint="make room, look at the disk, and call it again") from error
+    finally:
+        lock.release()
+
+
+def _source(state_dir: Path) -> Path | None:
+    """Return the journal to read: the one in place, else the one that an interrupted recovery set aside."""
+    if (state_dir / JOURNAL).exists():
+        return state_dir / JOURNAL
+    aside = sorted(path / JOURNAL for path in state_dir.glob(f"{ASIDE}*") if (path / JOURNAL).exists())
+    return aside[-1] if aside else None
+
+
+class _Copied:
+    """A copy to read from: opening it folds its -wal in, and the damaged one is left as it is."""
+
+    def __init__(self, state_dir: Path, source: Path | None) -> None:
+        self._directory = state_dir / COPY
+        self._source = source
+
+    def __enter__(self) -> Path | None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._source is None:
+            return None
+        self._directory.mkdir()
+        shutil.copyfile(self._source, self._directory / JOURNAL)
+        for directory in (self._source.parent, self._directory.parent):  # an interrupted recovery may have moved one
+            if (directory / f"{JOURNAL}-wal").exists():
+                shutil.copyfile(directory / f"{JOURNAL}-wal", self._directory / f"{JOURNAL}-wal")
+                break
+        return self._directory / JOURNAL
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _problems(copy: Path | None) -> list[str]:
+    if copy is None:
+        return []
+    try:
+        with closing(sqlite3.connect(copy, isolation_level=None)) as sql:
+            return faults_of(sql) or [*_lacking(sql)]
+    except sqlite3.Error as error:
+        return [str(error)]
+
+
+def _lacking(sql: sqlite3.Connection) -> Iterator[str]:
+    there = {name for (name,) in sql.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    for table in _TABLES.keys() - there:
+        yield f"it lacks the table {table}"
+
+
+# ------------------------------------------------------------------------ reading
+
+
+def _take_over(copy: Path, sql: sqlite3.Connection, told: Salvaged) -> None:
+    """Write into the new journal every row that can be read."""
+    with closing(sqlite3.connect(f"file:{copy}?mode=ro", uri=True, isolation_level=None)) as old:
+        old.text_factory = lambda value: value.decode("utf-8", "surrogateescape")  # fails below, where it is damaged
+        for table, (first, key) in _TABLES.items():
+            width = len(sql.execute(f"SELECT * FROM {table} LIMIT 0").description)
+            insert = f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * width)})"
+            for row in _rows(old, table, first, key):
+                if row is None:
+                    told.damaged.append(table)
+                elif len(row) == width:
+                    try:
+                        sql.execute(insert, row)
+                    except (sqlite3.IntegrityError, UnicodeEncodeError):
+                        told.damaged.append(table)
+    told.damaged = sorted(set(told.damaged))
+
+
+def _rows(old: sqlite3.Connection, table: str, first: str, key: str) -> Iterator[tuple[Any, ...] | None]:
+    """Yield a table's rows in the order of their key, some twice; None where something could not be read."""
+    start, step = 0, 1
+    where = f"WHERE {first} >= ?" if first else ""
+    while start < 2**62:
+        try:
+            for row in old.execute(f"SELECT * FROM {table} {where} ORDER BY {key}", (start,) if first else ()):
+                yield row
+                if first and isinstance(row[0], int) and row[0] > start:
+                    start, step = row[0], 1
+            return
+        except sqlite3.Error:
+            yield None
+            if not first:
+                return
+            start += step  # behind the damaged page, wherever it ends
+            step *= 2
+
+
+# ------------------------------------------------------------------------ writing
+
+
+def _make_consistent(sql: sqlite3.Connection, told: Salvaged, now: float) -> None:
+    """Let what hangs together stand: claims as manifests say, no run without its batch; open runs are held."""
+    _name_rules(sql)
+    sql.execute("DELETE FROM dir WHERE root NOT IN (SELECT id FROM root)")
+    _claim_by_manifests(sql)
+    sql.execute("DELETE FROM claim WHERE dir NOT IN (SELECT id FROM dir)")
+    sql.execute("DELETE FROM claim WHERE rule >= ? AND batch NOT IN (SELECT id FROM batch)", (RIDER,))
+    sql.execute(
+        "UPDATE claim SET batch = ?, time = ? WHERE batch > 0 AND batch NOT IN (SELECT id FROM batch)",
+        (CLAIM_UNKNOWN, int(now)),
+    )
+    sql.execute("DELETE FROM run WHERE id NOT IN (SELECT id FROM batch)")
+    words = HELD.format(_day(now))
+    sql.execute(
+        "INSERT INTO run (id, state, final, because, created_time, changed_time, attempts)"
+        " SELECT id, iif(manifest IS NULL OR request IS NULL, 'ABANDONED', 'PENDING'),"
+        "  manifest IS NULL OR request IS NULL, ?, closed_time, ?,"
+        "  coalesce((SELECT max(attempt) FROM attempt WHERE run = batch.id), 0)"
+        " FROM batch WHERE id NOT IN (SELECT id FROM run)",
+        (words, now),
+    )
+    for table in ("attempt", "transition", "proof"):
+        sql.execute(f"DELETE FROM {table} WHERE run NOT IN (SELECT id FROM run)")
+    lost = "(SELECT id FROM batch WHERE manifest IS NULL OR request IS NULL)"
+    end = "UPDATE run SET state = 'ABANDONED', final = 1, because = ?"
+    sql.execute(f"{end} WHERE final = 0 AND id IN {lost}", (words,))
+    told.held = [run for (run,) in sql.execute("SELECT id FROM run WHERE final = 0 ORDER BY id")]
+    sql.execute(
+        "INSERT INTO transition (run, from_state, to_state, because, time)"
+        " SELECT id, state, 'HELD', ?, ? FROM run WHERE final = 0 AND state <> 'HELD'",
+        (words, now),
+    )
+    hint = "`runs show` tells what was known; `runs retry` where repeating is harmless, else look, and `runs abandon`"
+    sql.execute(
+        "UPDATE run SET state = 'HELD', because = ?, hint = ?, waits_on = NULL, retry_time = NULL, changed_time = ?"
+        " WHERE final = 0",
+        (words, hint, now),
+    )
+    sql.execute("DELETE FROM tally")
+    sql.execute(
+        "INSERT INTO tally SELECT rule, state, count(*), sum(files), sum(bytes) FROM run JOIN batch USING (id)"
+        " GROUP BY rule, state"
+    )
+
+
+def _name_rules(sql: sqlite3.Connection) -> None:
+    """Find the names of rules whose rows are lost in what their batches were to do."""
+    lost = sql.execute("SELECT DISTINCT rule FROM batch WHERE rule NOT IN (SELECT id FROM rule)").fetchall()
+    for (number,) in lost:
+        name = f"lost-{number}"
+        for (request,) in sql.execute("SELECT request FROM batch WHERE rule = ? AND request IS NOT NULL", (number,)):
+            try:
+                name = str(from_json(request)["rule"])
+                break
+            except (ValueError, KeyError, TypeError):
+                continue
+        try:
+            sql.execute("INSERT INTO rule VALUES (?, ?)", (number, to_text(name)))
+        except sqlite3.IntegrityError:
+            sql.execute("INSERT INTO rule VALUES (?, ?)", (number, f"{name}-lost-{number}"))
+
+
+def _claim_by_manifests(sql: sqlite3.Connection) -> None:
+    """Make the claims that manifests tell of, and let go of manifests that cannot be read."""
+    for batch, rule, files, text in sql.execute(
+        "SELECT id, rule, files, manifest FROM batch WHERE manifest IS NOT NULL"
+    ).fetchall():
+        try:
+            members = members_of(text)
+            whole = len(members) == files
+        except (ValueError, TypeError):
+            members, whole = (), False
+        if not whole:
+            sql.execute("UPDATE batch SET manifest = NULL WHERE id = ?", (batch,))
+        for member in members:
+            sql.execute("INSERT OR IGNORE INTO dir (root, path) VALUES (?, ?)", (member.root, to_name(member.dir)))
+            sql.execute(
+                "INSERT OR IGNORE INTO claim (dir, name, rule, size, mtime_ns, batch)"
+                " SELECT id, ?, ?, ?, ?, ? FROM dir WHERE root = ? AND path = ?",
+                (
+                    to_name(member.name), RIDER + rule if member.role else rule, member.size,
+                    to_number(member.mtime_ns), batch, member.root, to_name(member.dir),
+                ),
+            )  # fmt: skip
+    sql.execute("DELETE FROM dir WHERE root NOT IN (SELECT id FROM root)")
+
+
+def _begin_with_care(
+    sql: sqlite3.Connection, told: Salvaged, rules: Sequence[Rule], send: Collection[str], now: float
+) -> None:
+    """Pause, give no number of a lost batch again, and say what becomes of files that no claim knows."""
+    (newest,) = sql.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()
+    floor = sql.execute("SELECT value FROM kept WHERE key = 'batch_floor'").fetchone()
+    _keep(sql, "batch_floor", max(newest, from_json(floor[0]) if floor else 0) + BATCHES_LOST_MAX)
+    words = f"paused: the journal was recovered at {_day(now)}"
+    _keep(sql, "paused", words)
+    sql.execute("UPDATE alarm SET cleared_time = ? WHERE key = 'paused' AND cleared_time IS NULL", (now,))
+    sql.execute(
+        "INSERT INTO alarm (key, what, hint, since_time) VALUES ('paused', ?, ?, ?)",
+        (words, "look at what is held and left out; `trigger-daemon resume` lets everything go on", now),
+    )
+    sql.execute("DELETE FROM baseline")
+    sql.execute("DELETE FROM kept WHERE key LIKE 'existing:%'")
+    for rule in rules:
+        sql.execute("INSERT OR IGNORE INTO rule (name) VALUES (?)", (rule.name,))
+        sql.execute("INSERT OR IGNORE INTO root (path) VALUES (?)", (to_name(rule.watch),))
+        (number,) = sql.execute("SELECT id FROM rule WHERE name = ?", (rule.name,)).fetchone()
+        (root,) = sql.execute("SELECT id FROM root WHERE path = ?", (to_name(rule.watch),)).fetchone()
+        again = rule.name in send
+        _keep(sql, f"existing:{number}:{root}", "process" if again else f"{UNKNOWN}{now}")
+        (told.sent_again if again else told.left_out).append(rule.name)
+    told.batches, told.claims = (
+        sql.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("batch", "claim")
+    )
+    told.newest_time = sql.execute(
+        "SELECT max(time) FROM (SELECT max(closed_time) AS time FROM batch UNION SELECT max(time) FROM transition"
+        " WHERE time < ? UNION SELECT max(time) FROM program)", (now,)
+    ).fetchone()[0]
+    told.missing = _gaps(sql, from_json(floor[0]) if floor else 0)
+
+
+def _gaps(sql: sqlite3.Connection, floor: int) -> list[tuple[int, int]]:
+    """Return the numbers that are missing between those of batches; the gap up to a former recovery's floor is none."""
+    rows = sql.execute(
+        "SELECT before + 1, id - 1 FROM (SELECT id, lag(id, 1, 0) OVER (ORDER BY id) AS before FROM batch)"
+        " WHERE id > before + 1"
+    )
+    return [(first, last) for first, last in rows if not first <= floor <= last]
+
+
+def _keep(sql: sqlite3.Connection, key: str, value: Any) -> None:
+    sql.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (to_text(key), to_json(value)))
+
+
+def _set_aside(state_dir: Path, now: float) -> str:
+    """Move the damaged files into a directory of their own; one that a former call began is used again."""
+    parts = [state_dir / f"{JOURNAL}{suffix}" for suffix in ("", "-wal", "-shm")]
+    begun = sorted(path for path in state_dir.glob(f"{ASIDE}*") if (path / JOURNAL).exists())
+    if not any(part.exists() for part in parts):
+        return str(begun[-1]) if begun else ""
+    aside = begun[-1] if begun and not parts[0].exists() else state_dir / f"{ASIDE}{_day(now).replace(':', '')}"
+    aside.mkdir(exist_ok=True)
+    for part in parts:
+        if part.exists():
+            part.rename(aside / part.name)
+    sync_directory(aside)
+    sync_directory(state_dir)
+    return str(aside)
+
+
+def _day(utc: float) -> str:
+    return datetime.fromtimestamp(utc, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
