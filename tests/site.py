@@ -76,11 +76,12 @@ class Site:
         env: dict[str, str] | None = None,
         prefix: tuple[str, ...] = (),
         options: tuple[str, ...] = (),
+        program: tuple[str, ...] = ("-m", "trigger_daemon"),
     ) -> None:
         """Start the daemon; with `wait`, until its heartbeat says it watches. `options` are those of `serve`."""
         self.config.write_text(json.dumps(self.settings))
         with self.log.open("ab") as log:
-            serve = ("-m", "trigger_daemon", "serve", "--config", str(self.config), *options)
+            serve = (*program, "serve", "--config", str(self.config), *options)
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, "-P", *serve],
                 stdin=subprocess.DEVNULL,

@@ -36,7 +36,8 @@ PATIENCE_S = 60.0
 
 POINTS = [
     "copy.write", "copy.written", "copy.sync", "copy.synced", "copy.verified", "copy.proved", "copy.renamed",
-    "copy.placed", "copy.large_write", "copy.large_sync", "copy.large_segment", "copy.sums",
+    "copy.placed", "copy.large_write", "copy.large_sync", "copy.large_segment", "copy.sums", "copy.rename",
+    "copy.directory_sync", "copy.unlink",
 ]  # fmt: skip
 
 # A daemon in little: starts one attempt, polls it to its end, prints what it says.
@@ -993,7 +994,8 @@ def test_killed_at_each_step_and_repeated_it_ends_the_same(tmp_path: Path, point
     crash = Crash(tmp_path)
     observer = Observer(crash.lab.archive, crash.content)
     observer.start()
-    daemon = crash.daemon(f"{point}:{who}@2" if point in ("copy.write", "copy.large_segment") else f"{point}:{who}@1")
+    first = {"copy.unlink": "copy.sync:eio@1,"}.get(point, "")  # only trouble makes it remove something
+    daemon = crash.daemon(f"{first}{point}:{who}@{2 if point in ('copy.write', 'copy.large_segment') else 1}")
     out, _ = daemon.communicate(timeout=PATIENCE_S)
     if who == "kill_parent":
         assert daemon.returncode == -signal.SIGKILL, out

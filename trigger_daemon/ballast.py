@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trigger_daemon.database import BALLAST, FILE_MODE
+from trigger_daemon.failpoints import fail_point
 
 BYTES = 64 * 2**20  # some hundred thousand transitions, and a -wal beside the journal
 SHARE = 20  # at most so great a part (1/20) of a small disk
@@ -55,6 +56,7 @@ class Ballast:
                 os.fsync(fd)
         finally:
             os.close(fd)
+        fail_point("ballast.made")
         self._new.rename(self._path)
 
     def give_up(self) -> bool:
@@ -63,6 +65,7 @@ class Ballast:
             return False
         with suppress(OSError):
             os.truncate(self._path, 0)  # where a full file system refuses to remove, it may let go of the bytes
+        fail_point("ballast.give_up")
         with suppress(OSError):
             self._path.unlink()
         return True

@@ -97,15 +97,22 @@ class Executor:
     """Effects in, facts out."""
 
     def __init__(
-        self, *, journal: Journal, providers: Providers, post: Post, root_path: Callable[[int], str], clock: Clock
+        self,
+        *,
+        journal: Journal,
+        providers: Providers,
+        post: Post,
+        root_path: Callable[[int], str],
+        clock: Clock,
+        workers: Callable[[str, int, Callable[[], float]], Workers] = Workers,
     ) -> None:
         self._journal = journal
         self._providers = providers
         self._post = post
         self._root_path = root_path
         self._clock = clock
-        self._calls = Workers("provider", PROVIDER_THREADS, clock.monotonic)
-        self._checks = Workers("check", CHECK_THREADS, clock.monotonic)
+        self._calls = workers("provider", PROVIDER_THREADS, clock.monotonic)
+        self._checks = workers("check", CHECK_THREADS, clock.monotonic)
         self._requests: OrderedDict[tuple[int, int], actions.Request] = OrderedDict()
         self._handles: dict[int, tuple[int, Any]] = {}
         self._polling: set[int] = set()
@@ -220,7 +227,9 @@ class Executor:
         return self._providers.get(str(self._journal.request(run)["action"]))
 
     def _prepare(self, run: int, attempt: int) -> None:
+        fail_point("executor.prepare")
         answer = _answer(lambda: self._provider(run).prepare(self._request(run, attempt)))
+        fail_point("executor.prepared")
         at = self._clock.monotonic()
         match answer:
             case actions.Refused(fault=fault):
@@ -269,7 +278,9 @@ class Executor:
         self._call(run, attempt, lambda: self._poll(run, attempt, handle))
 
     def _poll(self, run: int, attempt: int, handle: Any) -> None:
+        fail_point("executor.poll")
         seen = _answer(lambda: self._provider(run).poll(self._request(run, attempt), handle))
+        fail_point("executor.polled")
         at = self._clock.monotonic()
         if isinstance(seen, Exception):  # a failed poll never ends an attempt
             fact = model.Polled(run, attempt, "unreachable", at, why=_words(seen))
@@ -305,7 +316,9 @@ class Executor:
         self._poll_soon(run)
 
     def _verify(self, run: int, attempt: int, handle: Any) -> None:
+        fail_point("executor.verify")
         answer = _answer(lambda: self._provider(run).verify(self._request(run, attempt), handle))
+        fail_point("executor.verified")
         at = self._clock.monotonic()
         match answer:
             case actions.Proof(members, changed):
@@ -319,6 +332,7 @@ class Executor:
 
     def _forget(self, run: int) -> None:
         try:
+            fail_point("executor.forget")
             self._providers.forget(str(self._journal.request(run)["action"]), run)
         except (JournalError, OSError):
             pass  # a left-over record costs some bytes and is found again by the provider

@@ -516,8 +516,11 @@ def _create(state_dir: Path) -> None:
             connection.execute("PRAGMA journal_mode = WAL")
         finally:
             connection.close()
+        fail_point("journal.new")
         new.rename(path)
+        fail_point("journal.placed")
         _witness(witness)
+        fail_point("journal.witnessed")
         sync_directory(state_dir)
     except sqlite3.Error as error:
         raise fault_of(error, new) from error

@@ -33,6 +33,7 @@ from trigger_daemon.database import (
     to_text,
 )
 from trigger_daemon.errors import JournalError, JournalIo
+from trigger_daemon.failpoints import fail_point
 from trigger_daemon.journal import WITNESS, make_tables, sync_directory
 from trigger_daemon.reader import faults_of, members_of
 
@@ -100,8 +101,11 @@ def salvage(state_dir: Path, rules: Sequence[Rule], send: Collection[str], now: 
                 if faults := faults_of(sql):
                     raise JournalError(f"the recovered journal does not agree with itself: {faults[0]}")
                 sql.execute("PRAGMA journal_mode = WAL")
+        fail_point("salvage.made")
         told.aside = _set_aside(state_dir, now)
+        fail_point("salvage.set_aside")
         new.rename(state_dir / JOURNAL)
+        fail_point("salvage.placed")
         (state_dir / WITNESS).touch(FILE_MODE)
         sync_directory(state_dir)
         return told
@@ -346,6 +350,7 @@ def _set_aside(state_dir: Path, now: float) -> str:
     for part in parts:
         if part.exists():
             part.rename(aside / part.name)
+            fail_point("salvage.moved")
     sync_directory(aside)
     sync_directory(state_dir)
     return str(aside)

@@ -67,6 +67,7 @@ class Promise:
     to: Path | None  # None: it starts a program, whose record tells
     quiet_s: float
     again: frozenset[int] = frozenset()  # exit codes after which the program may be started again
+    beside: frozenset[str] = frozenset()  # names that it puts beside the copies, as asked
 
 
 @dataclass
@@ -240,7 +241,7 @@ def _partial(promise: Promise, history: Mapping[str, Sequence[Step]], *, idle: b
     for path, (_, found) in tree(promise.to).items():
         steps = history.get(path)
         if steps is None:
-            if idle:
+            if idle and os.path.basename(path) not in promise.beside:
                 yield Violation("partial", f"{promise.rule}: {path} is left over at the destination")
         elif found not in {step.sha256 for step in steps if step.sha256}:
             yield Violation("partial", f"{promise.rule}: {path} at the destination is nothing that was ever whole")

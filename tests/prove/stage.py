@@ -87,6 +87,10 @@ def content(seed: str, size: int) -> bytes:
     return (block * (size // len(block) + 1))[:size]
 
 
+def _is_tif(path: str) -> bool:
+    return path.endswith(".tif")
+
+
 class Stage:
     """A facility below `base`. What must survive, journal and destination, lies below `disk`."""
 
@@ -110,14 +114,16 @@ class Stage:
         work = self.site.rule("work", match=["**/*.tif"], start={"command": {"run": self.program}})
         return [copy, work]
 
-    def scene(self, **keys: Any) -> Scene:
-        takes = lambda path: path.endswith(".tif")  # noqa: E731
-        promises = [
-            Promise("copy", takes, self.site.out, QUIET_S),
-            Promise("work", takes, None, QUIET_S, frozenset({75})),
+    def promises(self) -> list[Promise]:
+        """What the rules are to do, in the oracle's words."""
+        return [
+            Promise("copy", _is_tif, self.site.out, QUIET_S),
+            Promise("work", _is_tif, None, QUIET_S, frozenset({75})),
         ]
+
+    def scene(self, **keys: Any) -> Scene:
         return Scene(
-            self.site.data, self.record, self.executions, self.site.state / "journal.db", promises, **keys
+            self.site.data, self.record, self.executions, self.site.state / "journal.db", self.promises(), **keys
         )
 
     def judge(self, *, idle: bool, **keys: Any) -> list[Violation]:
@@ -141,15 +147,18 @@ class Stage:
         """What is written before it starts again."""
         self.writer.whole("a/5.tif", content("5", 2_000))
 
-    def until_idle(self, timeout_s: float = DONE_S) -> None:
+    def until_idle(self, timeout_s: float = DONE_S, *, but_for: str = "") -> None:
         """Wait until every standing version is in a batch of each rule and no run is open. Raises AssertionError."""
-        self.site.until(self._idle, timeout_s, "all is done")
+        self.site.until(lambda: self.is_idle(but_for=but_for), timeout_s, "all is done")
 
-    def _idle(self) -> bool:
-        if self.site.ask("SELECT 1 FROM run WHERE final = 0 AND state != 'HELD'"):
-            return False
-        versions = {v for v in self.site.versions() if v[0].endswith(b".tif")}
-        return all(versions <= set(self.site.taken(rule)) for rule in ("copy", "work"))
+    def is_idle(self, *, but_for: str = "") -> bool:
+        standing = [(os.fsdecode(path), *version) for path, *version in self.site.versions()]
+        for promise in self.promises():
+            wanted = {(os.fsencode(path), size, mtime) for path, size, mtime in standing if promise.takes(path)}
+            if promise.rule != but_for and not wanted <= set(self.site.taken(promise.rule)):
+                return False
+        # Asked last: a batch and its open run come in one commit.
+        return not self.site.ask("SELECT 1 FROM run WHERE final = 0 AND state != 'HELD'")
 
     def close(self) -> None:
         if self.site.process is not None and self.site.process.poll() is None:

@@ -558,6 +558,7 @@ class Job:
         for temp in temps:
             if temp:
                 with contextlib.suppress(OSError):  # a destination that is away: swept when it is back
+                    fail_point("copy.unlink")
                     os.unlink(temp)
 
     def _clean(self) -> None:
@@ -759,6 +760,7 @@ class Job:
             self.pace.step()
             self.pace.doing = f"syncing {printable(directory)}"
             try:
+                fail_point("copy.directory_sync")
                 fsync_directory(directory)
             except OSError as fault:
                 self.note_at(dest, fault, "sync", directory)
@@ -771,6 +773,7 @@ class Job:
         self.pace.step()
         self.pace.doing = "renaming to " + printable(unit.target)
         try:
+            fail_point("copy.rename")
             if unit.replaces:
                 there = None if self.replace else _state(unit.target)
                 if there and not self._is_ours(unit, there):

@@ -61,6 +61,7 @@ from trigger_daemon.actions import (
 )
 from trigger_daemon.core.grammar import Option, OptionFault, Options
 from trigger_daemon.core.model import Fault
+from trigger_daemon.failpoints import fail_point
 
 GRACE_S = 10.0  # between TERM and KILL
 ANSWER_S = 20.0  # a supervisor begins in some 20 ms; on a machine that is short of everything it may take seconds
@@ -346,7 +347,9 @@ class Action:
             listed = b"".join(os.fsencode(path) + b"\0" for path in absolute)
             _supervisor.record(os.path.join(making, _supervisor.FILES), listed)
             _supervisor.record(os.path.join(making, _supervisor.MANIFEST), _manifest(request, absolute))
+            fail_point("command.lay_out")
             os.rename(making, directory)
+            fail_point("command.laid_out")
             _supervisor.sync_directory(self._context.state_dir)
         except OSError as why:
             if making:
@@ -368,7 +371,9 @@ class Action:
         self._sweep()
         going = tempfile.mkdtemp(prefix=".", dir=self._context.state_dir)
         try:
+            fail_point("command.remove")
             os.rename(directory, os.path.join(going, "gone"))
+            fail_point("command.removed")
         except FileNotFoundError:
             pass  # somebody else was faster
         shutil.rmtree(going, ignore_errors=True)
@@ -390,6 +395,7 @@ class Action:
         """Make a supervisor and hear whether it began. Raises Refused, or Unknown when it does not say so in time."""
         timeout_s = float(request.options.get("timeout", self.OPTIONS["timeout"].default))
         supervisor = [sys.executable, "-I", "-S", "-X", "utf8", os.path.abspath(_supervisor.__file__)]
+        fail_point("command.spawn")
         try:
             with open(os.path.join(directory, "supervisor.log"), "ab") as log:
                 process = subprocess.Popen(
@@ -402,6 +408,7 @@ class Action:
                 hint = "give it {manifest} instead of long lists"
                 raise Refused(Fault("person", "the program's arguments are too long for the system", hint)) from why
             raise Refused(Fault("transient", f"cannot make a process: {why}", counts=False)) from why
+        fail_point("command.spawned")
         line = _first_line(process, ANSWER_S)
         if line is None or line == "begun\n":
             self._watcher.watch(process, directory, request)
