@@ -56,6 +56,7 @@ class Ledger:
     """The journal of the lab: what a real one would keep, and the laws it enforces."""
 
     claims: dict[tuple[int, str], dict[tuple[int, int], int]] = field(default_factory=dict)
+    released: dict[tuple[int, str], dict[tuple[int, int], int]] = field(default_factory=dict)
     batches: dict[int, model.BatchClosed] = field(default_factory=dict)
     states: dict[int, RunState] = field(default_factory=dict)
     final: set[int] = field(default_factory=set)
@@ -78,6 +79,11 @@ class Ledger:
                     version = (member.size, member.mtime_ns)
                     assert record.again or version not in versions, f"claimed twice: {member}"
                     versions[version] = record.batch
+            case model.Released():
+                for path in record.paths:
+                    versions = self.claims.get((record.rule, path), {})
+                    for version in [v for v, batch in versions.items() if batch == record.batch]:
+                        self.released.setdefault((record.rule, path), {})[version] = versions.pop(version)
             case model.Claimed():
                 for name, size, mtime in record.rows:
                     path = model.join(record.dir, name)
@@ -286,9 +292,12 @@ class Lab:
         wants = []
         for number, _ in self._wanting(root, path):
             versions = self.ledger.claims.get((number, path), {}) if joined else {}
-            if self.disk.get((root, path), (0, 0))[:2] in versions:
+            now = self.disk.get((root, path), (0, 0))[:2]
+            if now in versions:
                 continue
-            earlier = max([b for b in versions.values() if b > 0], default=0)
+            others = self.ledger.released.get((number, path), {}) if joined else {}
+            batches = [*versions.values(), *(b for version, b in others.items() if version != now)]
+            earlier = max([b for b in batches if b > 0], default=0)
             wants.append((number, earlier))
         return tuple(wants)
 

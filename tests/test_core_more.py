@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.lab import ROOT, Lab, rule
@@ -1122,3 +1124,64 @@ def test_file_that_a_run_found_changed_is_looked_at_without_an_event():
 
     assert lab.ledger.states[1] == RunState.SUPERSEDED
     assert lab.batches() == [("d/a.tif",), ("d/a.tif",)]
+
+
+# --------------------------------------------------- what the simulation of histories found
+
+
+def test_a_prepare_that_hung_says_nothing_of_an_attempt_made_since():
+    """Its call is given up, another one prepares and starts; then the first ends, with an error or an answer."""
+    refused = model.NotStarted(1, 1, Fault("transient", "at last"), 0.0, preparing=True)
+    for late in (refused, model.Prepared(1, 1, "p1", 0.0)):
+        lab = Lab(rule(), auto=False, prepares=True)
+        lab.write("a/1.tif")
+        lab.run_for(156)
+        lab.step(model.NotStarted(1, 1, Fault("transient", "given up"), lab.at, preparing=True))
+        lab.run_for(6)
+        lab.step(model.Prepared(1, 1, "p2", lab.at))
+        lab.step(replace(late, at=lab.at))
+        lab.run_for(60)
+
+        starts = [effect for effect in lab.asked if isinstance(effect, model.Start)]
+        assert [(start.run, start.attempt, start.prepared) for start in starts] == [(1, 1, "p2")]
+        assert sum(isinstance(effect, model.Prepare) for effect in lab.asked) == 2
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_file_taken_away_and_put_back_while_its_run_works_is_sent(files, restart):
+    """The run leaves it out, as it is gone; when it stands again, as it was, it is a file that was not sent."""
+    lab = Lab(rule(batch=Batch(files=files, idle_s=60)), auto=False)
+    for number in range(files):
+        lab.write(f"a/{number}.tif")
+    lab.run_for(100)
+    state = lab.disk.pop((1, "a/0.tif"))
+    lab.step(model.Started(1, 1, "h", lab.at))
+    lab.step(model.Polled(1, 1, "succeeded", lab.at, changed=("a/0.tif",)))
+    members = [{"path": f"a/{number}.tif"} for number in range(1, files)]
+    lab.step(model.Proved(1, 1, members, lab.at, ("a/0.tif",)))
+    assert lab.ledger.states[1] == (RunState.VERIFIED if files > 1 else RunState.SUPERSEDED)
+    if restart:
+        lab.crash()
+    lab.run_for(100)
+    lab.disk[(1, "a/0.tif")] = state
+    lab.sweep()
+    lab.run_for(200)
+
+    assert lab.batches()[1:] == [("a/0.tif",)]
+
+
+def test_a_version_that_comes_after_one_left_out_is_still_a_rewrite():
+    """`on_rewrite: ignore` holds for it, as the rule says; what was left out is its earlier version."""
+    lab = Lab(rule(on_rewrite="ignore"), auto=False)
+    lab.write("a/0.tif")
+    lab.run_for(100)
+    lab.step(model.Started(1, 1, "h", lab.at))
+    lab.write("a/0.tif", 77, heard=False)
+    lab.step(model.Polled(1, 1, "succeeded", lab.at, changed=("a/0.tif",)))
+    lab.step(model.Proved(1, 1, [], lab.at, ("a/0.tif",)))
+    lab.run_for(200)
+    lab.sweep()
+    lab.run_for(200)
+
+    assert lab.batches() == [("a/0.tif",)]

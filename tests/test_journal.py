@@ -27,6 +27,8 @@ from trigger_daemon.core.model import (
     CLAIM_BASELINE,
     CLAIM_MARKER,
     CLAIM_SKIPPED,
+    RELEASED,
+    RIDER,
     AlarmAcked,
     AlarmCleared,
     AlarmRaised,
@@ -45,11 +47,12 @@ from trigger_daemon.core.model import (
     Member,
     Ordered,
     ProofKept,
+    Released,
     RulesAccepted,
     RunMoved,
     RunState,
 )
-from trigger_daemon.database import RIDER, alive, holder
+from trigger_daemon.database import alive, holder
 from trigger_daemon.errors import JournalConflict, JournalError, JournalFull
 from trigger_daemon.journal import ClaimReader, Journal, Reader, RootIdentity, migrate
 
@@ -222,6 +225,18 @@ def test_a_manifest_of_an_earlier_version_has_no_own_digests(state_dir: Path, jo
     assert journal.manifest(2) == (Member(1, "s", "x.cbf", 5000, 7, content=own),)
     assert [run["manifest"][0]["content"] for run in (reader.run(1), reader.run(2)) if run] == ["", own]
     assert [run["manifest"][0]["content_proved"] for run in (reader.run(1), reader.run(2)) if run] == [False, False]
+    assert journal.check() == []
+
+
+def test_a_version_that_its_batch_left_out_is_not_claimed_any_more(journal: Journal) -> None:
+    """It is wanted again as it was; its history stays; and it can be left out a second time."""
+    for number in (1, 2):
+        journal.append([batch(number, "a", "b")])
+        journal.append([Released(1, 1, number, ("s/a",))])
+
+        claims = ClaimReader(journal.path).names(1, "s", ["a", "b"])[1]
+        assert claims["a"] == [(RELEASED + 1, *claims["a"][0][1:3], number)]
+        journal.append([Released(1, 1, number, ("s/b",))])
     assert journal.check() == []
 
 

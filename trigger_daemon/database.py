@@ -32,7 +32,6 @@ DIRECTORY_MODE = 0o2770
 ASK_TRIES_MAX = 20  # a daemon that starts or stops meanwhile changes how its file must be read; 20 * 50 ms
 ASK_PAUSE_S = 0.05
 READ_BUSY_S = 2.0  # a reader waits only for another one's recovery, which takes milliseconds
-RIDER = 2**40  # plus a rule's number, the `rule` of a claim that is none: its companion, last with this batch
 LOCK_TRIES_MAX = 10  # who asks whether a daemon lives holds the lock for microseconds
 LOCK_PAUSE_S = 0.02
 

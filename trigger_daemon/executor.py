@@ -186,7 +186,7 @@ class Executor:
     def _late_prepare(self, run: int, attempt: int) -> None:
         """Nothing was asked for yet: it is prepared again later."""
         why = f"the provider did not prepare it within {CALL_DEADLINE_S:g} s"
-        self._post(model.NotStarted(run, attempt, Fault("transient", why), self._clock.monotonic()))
+        self._post(model.NotStarted(run, attempt, Fault("transient", why), self._clock.monotonic(), preparing=True))
 
     def _late_verify(self, run: int, attempt: int) -> None:
         why = f"the provider did not prove it within {VERIFY_DEADLINE_S / 3_600:g} h"
@@ -233,9 +233,10 @@ class Executor:
         at = self._clock.monotonic()
         match answer:
             case actions.Refused(fault=fault):
-                self._post(model.NotStarted(run, attempt, fault, at))
+                self._post(model.NotStarted(run, attempt, fault, at, preparing=True))
             case Exception():  # nothing was asked for yet
-                self._post(model.NotStarted(run, attempt, Fault("transient", _words(answer)), at))
+                fault = Fault("transient", _words(answer))
+                self._post(model.NotStarted(run, attempt, fault, at, preparing=True))
             case prepared:
                 self._post(model.Prepared(run, attempt, prepared, at))
 

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 from trigger_daemon import __version__
 from trigger_daemon.ballast import Ballast
 from trigger_daemon.core.model import (
+    RELEASED,
+    RIDER,
     AlarmAcked,
     AlarmCleared,
     AlarmRaised,
@@ -41,16 +43,17 @@ from trigger_daemon.core.model import (
     Member,
     Ordered,
     ProofKept,
+    Released,
     RulesAccepted,
     RunMoved,
     RunState,
+    split,
 )
 from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark
 from trigger_daemon.database import (
     DIRECTORY_MODE,
     FILE_MODE,
     JOURNAL,
-    RIDER,
     DaemonLock,
     damaged,
     fault_of,
@@ -863,6 +866,15 @@ class _Writer:
                 )
             case Forgotten():
                 self._forgotten(record)
+            case Released(rule, root, batch, paths):
+                self.many(
+                    "UPDATE OR REPLACE claim SET rule = ? WHERE rule = ? AND batch = ? AND name = ?"
+                    " AND dir = (SELECT id FROM dir WHERE root = ? AND path = ?)",
+                    (
+                        (rule + RELEASED, rule, batch, to_name(name), root, to_name(directory))
+                        for directory, name in map(split, paths)
+                    ),
+                )
             case ClaimsCarried(rule, from_root, to_root):
                 self._carry_claims(rule, from_root, to_root)
             case BaselineSet(rule, root, at):

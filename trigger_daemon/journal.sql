@@ -39,7 +39,7 @@ CREATE TABLE dir (
 CREATE TABLE claim (
     dir      INTEGER NOT NULL,
     name     BLOB NOT NULL,
-    rule     INTEGER NOT NULL,             -- negative: as a marker of that rule; plus 2^40: travelled as its companion, claimed by none
+    rule     INTEGER NOT NULL,             -- negative: as a marker of that rule; plus 2^40: only its companion; plus 2^41: left out by the batch
     size     INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL,             -- decimal digits as BLOB beyond 64 bits: clocks say anything
     batch    INTEGER NOT NULL,             -- 0 or less: a CLAIM_* code of core/model.py

@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from trigger_daemon.core.model import Member, RunState
+from trigger_daemon.core.model import RELEASED, RIDER, Member, RunState
 from trigger_daemon.core.saved import Count
 from trigger_daemon.database import (
     JOURNAL,
-    RIDER,
     ask,
     from_json,
     from_name,
@@ -177,7 +176,7 @@ class Reader:
                 error=_words(error),
                 hint=_words(hint),
                 proof_time=proved,
-                companion=rule >= RIDER,
+                companion=RIDER <= rule < RELEASED,
             )
             for name, rule, size, mtime_ns, batch, state, reason, closed, final, because, error, hint, proved in rows
         ]
@@ -488,7 +487,7 @@ def _manifest_faults(sql: sqlite3.Connection) -> list[str]:
 def _claimed(sql: sqlite3.Connection, rule: int, member: Member) -> bool:
     found = sql.execute(
         "SELECT size, mtime_ns FROM claim WHERE dir = (SELECT id FROM dir WHERE root = ? AND path = ?)"
-        " AND name = ? AND rule = ?",
-        (member.root, to_name(member.dir), to_name(member.name), rule),
+        " AND name = ? AND rule IN (?, ?)",
+        (member.root, to_name(member.dir), to_name(member.name), rule, rule + RELEASED),
     )
     return any((size, from_number(mtime_ns)) == (member.size, member.mtime_ns) for size, mtime_ns in found)

@@ -19,12 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trigger_daemon.core.model import CLAIM_UNKNOWN, UNKNOWN
+from trigger_daemon.core.model import CLAIM_UNKNOWN, RIDER, UNKNOWN
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.database import (
     FILE_MODE,
     JOURNAL,
-    RIDER,
     DaemonLock,
     from_json,
     to_json,

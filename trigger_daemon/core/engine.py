@@ -46,6 +46,7 @@ from trigger_daemon.core.model import (
     Polled,
     Prepared,
     Proved,
+    Released,
     RootChanged,
     Row,
     RulesAccepted,
@@ -272,7 +273,7 @@ class Engine:
         for settling in self._settlings.values():
             settling.expire(fact.at)
         self.timers.run(fact.at)
-        if self._batched and fact.at - self._marked_at >= PRUNE_EVERY_S:
+        if self._batched and fact.at >= self._marked_at + PRUNE_EVERY_S:
             self._marked_at = fact.at
             for root in self._batched.keys() - self._marking:
                 self._marking.add(root)
@@ -310,10 +311,17 @@ class Engine:
         if fact.cause == "sweep":
             self._balance_sweeps()
 
-    def _outdate(self, rule: int, paths: Sequence[str]) -> None:
-        """Look at files that a run met in a newer version: no event may have told of it."""
+    def _outdate(self, rule: int, run: int, paths: Sequence[str]) -> None:
+        """Let go of files that a run met in another version, or not at all, and look at them: no event may tell."""
         assembly = self.assemblies.get(rule)
-        if assembly is None or not assembly.steady:
+        if assembly is None:
+            return
+        self._out.append(Released(rule, assembly.root, run, tuple(paths)))
+        for path in paths:
+            member = assembly.settling.get(path)
+            if member is not None and member.stage == "batched" and member.batch == run:
+                assembly.settling.drop(member)
+        if not assembly.steady:
             return  # a sweep finds them
         for path in paths[:OUTDATED_MAX]:
             directory, name = split(path)

@@ -35,6 +35,11 @@ CLAIM_SKIPPED = -1  # `files skip`
 CLAIM_MARKER = -2  # a marker version that acted
 CLAIM_REWRITE_IGNORED = -3  # `on_rewrite: ignore`
 CLAIM_ONLY_FIRST = -4  # `only_first`: complete after its group's batch was full
+
+# Added to a rule's number, in the journal, for versions that the rule has not claimed, or no more:
+RIDER = 2**40  # its companion, last with this batch
+RELEASED = 2**41  # was in this batch, which left it out
+
 UNKNOWN = "unknown:"  # plus a UTC second: what a recovered journal says of files that were there before then
 CLAIM_UNKNOWN = -5  # there before the journal was recovered, which does not know whether it was sent
 
@@ -224,12 +229,16 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class NotStarted:
-    """The provider surely did not take the attempt (from prepare, start or find)."""
+    """The provider surely did not take the attempt (from prepare, start or find).
+
+    `preparing`: it is the answer to a prepare; one that comes late says nothing of an attempt made since.
+    """
 
     run: int
     attempt: int
     fault: Fault
     at: float
+    preparing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,6 +551,19 @@ class Ordered:
 
 
 @dataclass(frozen=True, slots=True)
+class Released:
+    """Record: a run left these files out: gone, or another version. Should one come back as it was, it is wanted.
+
+    The claim stays for the history, and as the earlier version of what comes.
+    """
+
+    rule: int
+    root: int
+    batch: int
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Forgotten:
     """Record: delete claims of vanished names (None: of the directory) whose runs ended before `before`."""
 
@@ -562,6 +584,7 @@ class ClaimsCarried:
 
 RECORDS = (
     ClaimsCarried,
+    Released,
     Forgotten,
     BatchClosed,
     Claimed,
@@ -696,6 +719,7 @@ class Log:
 
 Effect = (
     ClaimsCarried
+    | Released
     | Forgotten
     | BatchClosed
     | Claimed

@@ -132,7 +132,7 @@ class Runs:
         marks: dict[tuple[int, str, str], tuple[int, float]],
         runs_max: int,
         prepares: Callable[[str], bool],
-        on_outdated: Callable[[int, Sequence[str]], None],
+        on_outdated: Callable[[int, int, Sequence[str]], None],
     ) -> None:
         self.timers = timers
         self.out = out
@@ -405,7 +405,7 @@ class Runs:
 
     def prepared(self, fact: Prepared) -> None:
         run = self.open.get(fact.run)
-        if run is None or not run.asked:
+        if run is None or not self._preparing(run, fact.attempt):
             return
         run.asked = False
         if run.state == RunState.PENDING:
@@ -414,6 +414,11 @@ class Runs:
         self._free_slot(run)  # held or cancelled while it was being prepared
         if run.cancel:
             self._end(run, Event.CANCELLED, "it had not started", fact.at)
+
+    @staticmethod
+    def _preparing(run: Run, attempt: int) -> bool:
+        """Say whether an answer to a prepare is waited for; a call that hung may bring a second one."""
+        return run.asked and attempt == run.attempts + 1
 
     def started(self, fact: Started) -> None:
         run = self._current(fact.run, fact.attempt)
@@ -432,7 +437,9 @@ class Runs:
         run = self.open.get(fact.run)
         if run is None:
             return
-        if run.asked:  # the prepare was refused: no attempt was made
+        if fact.preparing:  # no attempt was made
+            if not self._preparing(run, fact.attempt):
+                return
             run.asked = False
             self._free_slot(run)
             if run.state == RunState.PENDING:
@@ -682,7 +689,7 @@ class Runs:
     def _met_newer(self, run: Run, paths: Sequence[str]) -> None:
         """The provider met newer versions of these files: that is as good as a hint."""
         if paths:
-            self._on_outdated(run.rule_id, paths)
+            self._on_outdated(run.rule_id, run.id, paths)
 
     def mismatch(self, fact: Mismatch) -> None:
         run = self._verifying(fact.run, fact.attempt)

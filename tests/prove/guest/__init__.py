@@ -1,0 +1,1 @@
+"""What is done to a network share, and what makes it so inside user-mode Linux."""
