@@ -23,7 +23,8 @@ from trigger_daemon.checks import Outcome, eiger, hdf5
 from trigger_daemon.checks._hdf5 import SIGNATURE, CannotTell, Reader
 from trigger_daemon.core.grammar import OptionFault
 from trigger_daemon.core.model import Verdict
-from trigger_daemon.probe import BYTES_MAX, Companions, Judged, Probe, run_checks
+from trigger_daemon.mounts import mount_of
+from trigger_daemon.probe import BLOCK_TYPES, BYTES_MAX, Companions, Judged, Probe, run_checks
 
 SPECIFIC = "/entry/instrument/detector/detectorSpecific"
 COMPLETE, INCOMPLETE, SUSPECT, UNKNOWN = Verdict.COMPLETE, Verdict.INCOMPLETE, Verdict.SUSPECT, Verdict.UNKNOWN
@@ -165,6 +166,36 @@ def test_one_read_is_enough(made: Callable[[bytes], Path]) -> None:
         assert probe.reads <= 12
 
 
+def test_a_file_with_holes_is_suspect(made: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a copy leaves it that sets the length first; what else is wrong with it comes first."""
+    path = made(superblock(0, end=100_000).ljust(100_000, b"x"))
+    assert look(path).verdict is COMPLETE
+
+    monkeypatch.setattr(Probe, "holes", lambda probe: True)
+    found = look(path)
+    assert (found.verdict, found.why) == (
+        SUSPECT,
+        "100.0 kB and closed as its header says, "
+        "but parts of it were never written (a program that sets the length first)",
+    )
+    path.write_bytes(superblock(0, end=100_001).ljust(100_000, b"x"))
+    assert look(path).verdict is INCOMPLETE
+
+
+def test_a_length_that_was_set_first_leaves_holes(made: Callable[[bytes], Path]) -> None:
+    """Through the real window, where the file system shows them."""
+    data = superblock(0, end=400_000).ljust(400_000, b"x")
+    path = made(data)
+    with Probe(path) as probe:
+        if mount_of(os.fspath(path)).fstype not in BLOCK_TYPES or probe.holes():
+            pytest.skip("a file system that does not show them")
+    assert look(path).verdict is COMPLETE
+
+    path.write_bytes(data[:100_000])
+    os.truncate(path, len(data))
+    assert look(path).verdict is SUSPECT
+
+
 # ------------------------------------------------------------------------- Eiger sets
 
 
@@ -233,6 +264,23 @@ def test_the_worst_data_file_is_the_verdict(made_set: Set) -> None:
 
     assert cut.verdict is INCOMPLETE and cut.why.startswith("a b_data_000002.h5: ")
     assert longer.verdict is SUSPECT and "1 bytes more" in longer.why
+
+
+def test_a_data_file_with_holes_is_suspect(made_set: Set, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is a master, with `images` or without; whatever is missing besides is proof."""
+    def holes(path: Path) -> None:
+        monkeypatch.setattr(Probe, "holes", lambda probe: probe.name == path.name)
+
+    assert made_set.judged().verdict is COMPLETE
+    for path in (made_set.data[1], made_set.master):
+        holes(path)
+        for options in ({}, {"images": 25, "per_file": 10}):
+            found = made_set.judged(**options)
+            assert (found.verdict, len(found.needs)) == (SUSPECT, 3)
+            assert "never written" in found.why
+    made_set.data[2].unlink()
+
+    assert made_set.judged().verdict is INCOMPLETE
 
 
 def test_a_cut_or_open_master_is_not_asked_for_its_files(made_set: Set) -> None:
@@ -317,6 +365,101 @@ def test_data_files_may_lie_below_and_images_in_the_master(made_set: Set) -> Non
     found = made_set.judged()
 
     assert (found.verdict, found.needs) == (COMPLETE, ("a b_data_000001.h5", "d/two.h5"))
+
+
+@pytest.mark.parametrize("place", ["entry/data/threshold_2_data_000001", "entry/data/meta", "deep/below/it", "top"])
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+def test_every_file_that_a_master_names_is_needed(tmp_path: Path, place: str, libver: str) -> None:
+    """Wherever the link stands, and whatever it is called: it is awaited, and its header is looked at."""
+    made_set = Set(tmp_path, libver=libver)
+    target = made_set.directory / "more" / "a b_meta.h5"
+
+    def link(file: Any) -> None:
+        file[place] = h5py.ExternalLink("more/a b_meta.h5", "/entry/data/data")
+        file["self"] = h5py.ExternalLink("./a b_master.h5", "/entry")
+        file["again"] = h5py.ExternalLink("a b_data_000001.h5", "/entry")
+        file["entry/loop"] = file["entry"]
+
+    made_set.rewrite(link)
+    missing = made_set.judged()
+    Set(target.parent, per_file=25).data[0].rename(target)
+    there = made_set.judged()
+    whole = target.read_bytes()
+    target.write_bytes(whole[:-1])
+    cut = made_set.judged()
+    target.write_bytes(whole + b"x")
+
+    names = (*(path.name for path in made_set.data), "more/a b_meta.h5")
+    assert (missing.verdict, missing.why, missing.needs) == (INCOMPLETE, "3 of 4 files", names)
+    assert (there.verdict, there.why, there.needs) == (COMPLETE, "25 of 25 images in 3 data files", names)
+    assert (cut.verdict, made_set.judged().verdict) == (INCOMPLETE, SUSPECT)
+
+
+def test_a_further_threshold_with_other_images_is_suspect(made_set: Set) -> None:
+    """It has as many as the first; what its files cannot tell is no proof."""
+    other = Set(made_set.directory / "t", per_file=20)
+
+    def link(file: Any, count: int = 2) -> None:
+        for number in range(1, count + 1):
+            name = f"t/a b_data_{number:06d}.h5"
+            file[f"entry/data/threshold_2_data_{number:06d}"] = h5py.ExternalLink(name, "/entry/data/data")
+
+    made_set.rewrite(lambda file: link(file, 1))
+    fewer = made_set.judged()
+    made_set.rewrite(lambda file: file["entry/data"].__delitem__("threshold_2_data_000001"))
+    made_set.rewrite(link)
+
+    assert (fewer.verdict, fewer.why) == (SUSPECT, "20 of 25 images of threshold_2")
+    assert made_set.judged().verdict is COMPLETE
+    made_set.rewrite(lambda file: file["entry/data"].__delitem__("data"), other.data[1])
+    assert made_set.judged().verdict is SUSPECT
+
+
+@pytest.mark.parametrize("name", ["/data/calibration/mask.h5", "../gain.h5", "a/../../x.h5"])
+def test_a_further_link_that_leads_elsewhere_leaves_a_set_unknown(made_set: Set, name: str) -> None:
+    """What lies outside is not looked at; what lies inside is judged as ever."""
+    made_set.rewrite(lambda file: file.__setitem__("entry/mask", h5py.ExternalLink(name, "/mask")))
+    found = made_set.judged()
+    made_set.data[0].unlink()
+
+    assert (found.verdict, len(found.needs)) == (UNKNOWN, 3)
+    assert found.why == f"its link entry/mask leads to {name!r}, which is not looked at"
+    assert made_set.judged().verdict is INCOMPLETE
+
+
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+@pytest.mark.parametrize("attributes", [True, False])
+@pytest.mark.parametrize(
+    ("layout", "written", "there"),
+    [
+        ({"chunks": (1, 4, 6)}, range(1), 1), ({"chunks": (1, 4, 6)}, range(0), 0),
+        ({"chunks": (1, 4, 6)}, (2, 5, 9), 3), ({"chunks": (1, 4, 6)}, range(10), 10),
+        ({"chunks": (1, 2, 3)}, range(7), 7), ({"chunks": (4, 4, 6)}, range(10), 10),
+        ({"chunks": (4, 4, 6)}, range(3), 4), ({"chunks": (1, 4, 6), "compression": "gzip"}, range(1), 1),
+        ({"chunks": (1, 4, 6), "maxshape": (10, 4, 6)}, range(1), 1), ({"maxshape": None}, range(0), 0),
+        ({"maxshape": None}, range(1), 10),  # contiguous: its place is taken as a whole
+    ],
+)
+def test_images_without_a_place_in_the_file_are_none(
+    tmp_path: Path, libver: str, attributes: bool, layout: dict[str, Any], written: Any, there: int
+) -> None:
+    """The shape of a data set, and the numbers of its images, may be set before any is written."""
+    made_set = Set(tmp_path, libver=libver)
+
+    def rewrite(file: Any) -> None:
+        kept = dict(file["entry/data/data"].attrs)
+        del file["entry/data/data"]
+        data = file.create_dataset("entry/data/data", (10, 4, 6), "u2", **{"maxshape": (None, 4, 6), **layout})
+        data.attrs.update(kept if attributes else {})
+        for number in written:
+            data[number] = 7
+
+    with h5py.File(made_set.data[1], "r+", libver=libver) as file:
+        rewrite(file)
+    found = made_set.judged()
+
+    assert found.verdict is (COMPLETE if there == 10 else INCOMPLETE)
+    assert found.why.startswith(f"{15 + there} of 25 images")
 
 
 @pytest.mark.parametrize(
@@ -550,7 +693,7 @@ def test_a_damaged_master_harms_nobody(made_set: Set) -> None:
         for value in (0, 0xFF):
             made_set.master.write_bytes(data[:at] + bytes([value] * 8) + data[at + 8 :])
             found = made_set.judged()
-            assert "failed" not in found.why, found
+            assert "check eiger failed" not in found.why, found
 
 
 def test_the_whole_budget_is_more_than_a_master_needs(made_set: Set) -> None:

@@ -1185,3 +1185,20 @@ def test_a_version_that_comes_after_one_left_out_is_still_a_rewrite():
     lab.run_for(200)
 
     assert lab.batches() == [("a/0.tif",)]
+
+
+def test_a_run_that_stands_still_leaves_its_place_to_others():
+    """A hung destination with work in every place must not stop the rules that have nothing to do with it."""
+    lab = Lab(rule(), auto=False)
+    lab.engine.runs.runs_max = 1
+    lab.write("a/1.tif")
+    lab.write("a/2.tif")
+    lab.run_for(40)
+    assert [e.run for e in lab.asked if isinstance(e, model.Start)] == [1]
+    lab.step(model.Started(1, 1, "h", lab.at))
+    lab.step(model.Polled(1, 1, "inactive", lab.at, why="the copying worker hangs"))
+    lab.run_for(5)
+    assert [e.run for e in lab.asked if isinstance(e, model.Start)] == [1, 2]
+    lab.step(model.Polled(1, 1, "active", lab.at))
+
+    assert lab.engine.runs.at_work == 2, "it was at work already: one more than allowed is no less true"

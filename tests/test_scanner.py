@@ -89,6 +89,9 @@ class Ledger:
         known = self.claims.get(dir, {})
         return self.as_of, {name: known[name] for name in names if name in known}
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def directories(self, root: int) -> Iterator[str]:
         return iter(sorted(self.claims))
 

@@ -322,8 +322,9 @@ class Life:
             case model.RunMoved():
                 if effect.final:
                     self.executor.finished(effect.run)
-                # On the way of every run; its beginning (batch.closed) and its end are for everybody.
-                tell = self.log.info if effect.final or effect.to_state == RunState.HELD else self.log.debug
+                # On the way of every run; its beginning (batch.closed), its end and what goes wrong are for everybody.
+                loud = effect.final or effect.to_state in (RunState.HELD, RunState.PENDING, RunState.INACTIVE)
+                tell = self.log.info if loud else self.log.debug
                 tell(
                     "run.moved",
                     run=effect.run,

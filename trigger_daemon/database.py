@@ -15,6 +15,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +35,9 @@ ASK_PAUSE_S = 0.05
 READ_BUSY_S = 2.0  # a reader waits only for another one's recovery, which takes milliseconds
 LOCK_TRIES_MAX = 10  # who asks whether a daemon lives holds the lock for microseconds
 LOCK_PAUSE_S = 0.02
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+DISK_FAILED = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN})
 
 T = TypeVar("T")
 
@@ -108,7 +112,7 @@ def from_number(number: int | bytes) -> int:
 def fault_of(error: sqlite3.Error, path: Path) -> JournalError:
     """Return the error that tells a person, and the loop, what an SQLite error on `path` means."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _no_room(path.parent)):
+    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _refuses_bytes(path.parent) in NO_ROOM):
         return JournalFull(f"no room for {path}", hint="free space on its file system; the work waits and goes on then")
     if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
         return JournalIo(f"the disk failed under {path}: {error}", hint="look at the disk and its mount (dmesg)")
@@ -121,8 +125,14 @@ def fault_of(error: sqlite3.Error, path: Path) -> JournalError:
     return JournalError(f"{path}: {error}")
 
 
-def damaged(path: Path, why: str) -> JournalDamaged:
-    """Return the error for a journal that cannot be read; it is never replaced in silence."""
+def damaged(path: Path, why: str) -> JournalIo:
+    """Return the error for a journal that cannot be read; it is never replaced in silence.
+
+    A disk that has failed shows torn pages of a journal that is sound: then the disk is to blame.
+    """
+    if (code := _refuses_bytes(path.parent)) in DISK_FAILED:
+        words = f"the disk under {path} has failed ({os.strerror(code)}): {why}"
+        return JournalIo(words, hint="look at the disk (dmesg), and mount it anew; the daemon goes on by itself then")
     hint = (
         "`trigger-daemon journal recover` sets it aside, takes over what can be read, and says what cannot be known;"
         " nothing is started before a person says `resume`. Or restore it from a backup"
@@ -130,22 +140,26 @@ def damaged(path: Path, why: str) -> JournalDamaged:
     return JournalDamaged(f"{path} is damaged: {why}", hint=hint)
 
 
-def _no_room(directory: Path) -> bool:
-    """Say whether the disk or a quota refuses bytes. SQLite calls a quota, and some full disks, an I/O error."""
+def _refuses_bytes(directory: Path) -> int:
+    """Return with which errno the disk or a quota refuses bytes, 0 if it takes them.
+
+    SQLite calls a quota, and some full disks, an I/O error, and a disk that is gone a malformed file.
+    """
     name = directory / f".room-{os.getpid()}"
     try:
         probe = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno or 0
     try:
         os.write(probe, b"\0" * 65_536)
         os.fsync(probe)
     except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno or 0
     finally:
         os.close(probe)
-        os.unlink(name)
-    return False
+        with suppress(OSError):
+            os.unlink(name)
+    return 0
 
 
 def unreadable(path: Path) -> JournalError:

@@ -37,6 +37,8 @@ class Claims(Protocol):
 
     def directories(self, root: int, /) -> Iterator[str]: ...
 
+    def close(self) -> None: ...
+
 
 class Outlet(Protocol):
     """Where a worker's answers go."""

@@ -152,6 +152,11 @@ class Journal:
             ) from error
         lock = DaemonLock(state_dir)
         try:
+            if not make and not (state_dir / JOURNAL).exists():
+                raise JournalIo(
+                    f"{state_dir / JOURNAL} is gone, though this daemon had opened it",
+                    hint=f"is the disk of {state_dir} mounted? It is looked for again; nothing is begun anew meanwhile",
+                )
             _create(state_dir)
             return cls(state_dir, lock)
         except BaseException:

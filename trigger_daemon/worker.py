@@ -101,15 +101,18 @@ class Worker:
         """Work until `Stop`. Raises Abandoned, NeedsProcess, and whatever the claims raise."""
         desk = self.desk
         desk.open()
-        desk.check()
-        while not self._stopped:
-            self._event.clear()
-            self._serve()
-            if desk.now() >= desk.check_at:
-                desk.check()
-            if not self._stopped and not self._sweeper.step(hold=self._hold):
-                due = min(desk.check_at, self._sweeper.due_at(hold=self._hold))
-                self._event.wait(max(0.0, due - desk.now()))
+        try:
+            desk.check()
+            while not self._stopped:
+                self._event.clear()
+                self._serve()
+                if desk.now() >= desk.check_at:
+                    desk.check()
+                if not self._stopped and not self._sweeper.step(hold=self._hold):
+                    due = min(desk.check_at, self._sweeper.due_at(hold=self._hold))
+                    self._event.wait(max(0.0, due - desk.now()))
+        finally:
+            desk.claims.close()  # else the disk of the journal could not be unmounted after it has failed
 
     def status(self) -> dict[str, Any]:
         """Return a snapshot for people: health, and what the sweeps cost. From any thread."""

@@ -47,10 +47,14 @@ class Workers:
                 self._start()
 
     def _start(self) -> None:
+        """Add a thread; where the system refuses one, `supervise` tries again, and the task waits."""
         worker = _Worker()
         worker.thread = threading.Thread(target=self._work, args=(worker,), name=self._name, daemon=True)
+        try:
+            worker.thread.start()
+        except RuntimeError:
+            return
         self._workers.append(worker)
-        worker.thread.start()
 
     def _work(self, worker: _Worker) -> None:
         while (item := self._tasks.get()) is not None:

@@ -30,6 +30,7 @@ class Destination:
     in_memory: bool = False
     direct: bool = True  # O_DIRECT was not refused yet
     sync_fd: int = -1
+    homes: tuple[tuple[bytes, int, int], ...] = ()  # directories of it, device and inode as it was opened
 
     def open(self, homes: Homes, locks: RangeLocks, state_dir: str) -> None:
         """Look whether it is there, and on the mount it was always on; note the trouble if not."""
@@ -40,6 +41,8 @@ class Destination:
                     own = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                     os.close(self.sync_fd)
                     self.sync_fd = own
+            seen = [(path, os.stat(path)) for path in {self.static, self.path} if os.path.isdir(path)]
+            self.homes = tuple((path, found.st_dev, found.st_ino) for path, found in seen)
             if self.path not in homes:
                 homes[self.path] = self._check_home(locks, os.path.join(state_dir, "destinations.json"))
             self.whole_sync = homes[self.path] in SYNCFS_TYPES
@@ -52,6 +55,13 @@ class Destination:
             self.trouble = trouble
         except OSError as fault:
             self.trouble = at_destination(fault, "open", self.static)
+
+    def check(self) -> None:
+        """Raise OSError if it is not what was opened: its mount has gone, and what lies beneath is another disk."""
+        for path, device, inode in self.homes:
+            now = os.stat(path)
+            if (now.st_dev, now.st_ino) != (device, inode):
+                raise OSError(errno.ENODEV, f"{printable(path)} is another directory now: its mount has gone, or come")
 
     def _check_home(self, locks: RangeLocks, book: str) -> str:
         """Return the file system's type; raise Trouble when the mount that was here is missing.

@@ -119,7 +119,10 @@ def at_destination(fault: OSError, doing: str, path: bytes) -> Trouble:
     code = fault.errno
     if code in NO_SPACE:
         return Trouble("transient", "destination", words, "make room there; the copy goes on by itself", counts=False)
-    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+    if code == errno.EROFS:
+        return Trouble("transient", "destination", words,
+                       "it is mounted read-only: look at its disk (dmesg); the copy goes on by itself", counts=False)
+    if code in (errno.EACCES, errno.EPERM):
         return Trouble("person", "destination", words,
                        "give the daemon's user the right to write there, then `trigger-daemon runs retry`")
     if code in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
@@ -133,7 +136,11 @@ def at_destination(fault: OSError, doing: str, path: bytes) -> Trouble:
 
 def at_source(fault: OSError, path: bytes) -> Trouble:
     """Return what an error while reading a source means; never that the file is gone."""
-    hint = "" if fault.errno not in (errno.EACCES, errno.EPERM) else "the daemon's user must be able to read it"
+    hint = {
+        errno.EACCES: "the daemon's user must be able to read it",
+        errno.EPERM: "the daemon's user must be able to read it",
+        errno.EIO: "look at the disk that it lies on, or its server (dmesg)",
+    }.get(fault.errno or 0, "")
     return Trouble("transient", "file", f"cannot read {printable(path)}: {fault.strerror or fault}", hint)
 
 

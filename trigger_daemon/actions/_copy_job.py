@@ -128,7 +128,10 @@ class Memory:
         if generation != self.generation:
             self.generation = generation
             self.kept.clear()
-        if self.mounts.has_changed() or len(self.homes) > DIRECTORIES_MAX:
+        changed = self.mounts.has_changed()
+        if changed:
+            self.kept.clear()
+        if changed or len(self.homes) > DIRECTORIES_MAX:
             self.homes.clear()
 
 
@@ -581,6 +584,7 @@ class Job:
         unit.temp = temp_name(unit.target, self.owner, version, self.run_id, self.attempt)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         mode = (mode & 0o777) | MODE_MIN
+        unit.dest.check()
         for _ in range(2):
             try:
                 return os.open(unit.temp, flags, mode)
@@ -774,6 +778,7 @@ class Job:
         self.pace.doing = "renaming to " + printable(unit.target)
         try:
             fail_point("copy.rename")
+            unit.dest.check()
             if unit.replaces:
                 there = None if self.replace else _state(unit.target)
                 if there and not self._is_ours(unit, there):

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from trigger_daemon.checks import Outcome, Window
 from trigger_daemon.checks._hdf5_reader import NO_LIBRARY
-from trigger_daemon.checks._words import amount, progress
+from trigger_daemon.checks._words import NEVER_WRITTEN, amount, progress
 from trigger_daemon.core.model import Verdict
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -43,6 +43,8 @@ _ANSWER, _READ = struct.Struct(">I"), struct.Struct(">QI")
 def judge(probe: Window) -> Outcome:
     """Compare the size with the end that the superblock gives, and say whether the writer has closed the file.
 
+    A file with holes is suspect: a copy that was given its length first, or a
+    writer that aligns its parts and leaves gaps between them.
     One read for a file without a user block; with one, a read for each double of 512 bytes before it.
     """
     head, at, empty = _superblock(probe)
@@ -71,6 +73,8 @@ def judge(probe: Window) -> Outcome:
         return Outcome(Verdict.SUSPECT, f"all of {amount(end)}, and {more:,} bytes more than its header accounts for")
     if flags:
         return Outcome(Verdict.SUSPECT, f"{amount(end)} as its header says, but its writer has not closed it")
+    if probe.holes():
+        return Outcome(Verdict.SUSPECT, f"{amount(end)} and closed as its header says, {NEVER_WRITTEN}")
     return Outcome(Verdict.COMPLETE, f"all of {amount(end)}, and closed by its writer")
 
 

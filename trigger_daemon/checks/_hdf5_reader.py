@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import struct
@@ -25,6 +26,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 LINKS_MAX = 10_000  # data files of a set
+VISITS_MAX = 100_000  # links of all kinds in a master; one has some hundred, and those to its data files
 PAGE_BYTES = 16 * 2**10  # metadata lie close together: a file costs a handful of reads, not one for each of its parts
 WORDS_MAX = 300  # characters of an error
 # What h5py and numpy raise of a file that is not as it should be.
@@ -81,7 +83,8 @@ class Served(io.RawIOBase):
 def master(h5py: Any, file: Any) -> dict[str, Any]:
     """Return the links `/entry/data/data_NNNNNN` in order, and the numbers of images and triggers.
 
-    A link is [name, file, path]; `file` is '' for a data set in the master itself.
+    A link is [name, file, path]; `file` is '' for a data set in the master
+    itself. `others`: all other links that lead to another file, by their paths.
     """
     group = file["/entry/data"]
     links: list[tuple[int, list[str]]] = []
@@ -96,12 +99,34 @@ def master(h5py: Any, file: Any) -> dict[str, Any]:
             links.append((int(number[1]), [_text(name), _text(link.filename), _text(link.path)]))
         else:
             links.append((int(number[1]), [_text(name), "", f"/entry/data/{_text(name)}"]))
+    others, ended = _external(h5py, file)
+    if not ended:
+        return {"error": f"more than {VISITS_MAX:,} links"}
+    known = {(target, path) for _, (_, target, path) in links}
     specific = file["/entry/instrument/detector/detectorSpecific"]
     return {
         "links": [link for _, link in sorted(links)],
+        "others": [link for link in others if (link[1], link[2]) not in known],
         "nimages": _scalar(specific, "nimages"),
         "ntrigger": _scalar(specific, "ntrigger"),
     }
+
+
+def _external(h5py: Any, file: Any) -> tuple[list[list[str]], bool]:
+    """Return all links of a file that lead to others, and whether all links were looked at; none is followed."""
+    found: list[list[str]] = []
+    visits = 0
+
+    def visit(name: bytes, info: Any) -> bool | None:
+        nonlocal visits
+        visits += 1
+        if info.type == h5py.h5l.TYPE_EXTERNAL:
+            target, path = file.id.links.get_val(name)
+            found.append([_text(part) for part in (name, target, path)])
+        return True if visits > VISITS_MAX or len(found) > 2 * LINKS_MAX else None
+
+    stopped = file.id.links.visit(visit, info=True)
+    return found, not stopped
 
 
 def images(h5py: Any, file: Any, path: str) -> dict[str, Any]:
@@ -112,11 +137,22 @@ def images(h5py: Any, file: Any, path: str) -> dict[str, Any]:
     low, high = (_attribute(h5py, data, name) for name in (b"image_nr_low", b"image_nr_high"))
     if low is not None and high is not None:
         numbered = max(0, high - low + 1)
-        there = int(data.shape[0]) if data.ndim in (3, 4) else numbered  # the numbers are written first
+        there = _written(data) if data.ndim in (3, 4) else numbered  # the numbers are written first
         return {"images": min(numbered, there), "low": low, "high": high}
     if data.ndim not in (3, 4):
         return {"error": f"{path} has {data.ndim} dimensions, and no image_nr_low and image_nr_high"}
-    return {"images": int(data.shape[0]), "low": None, "high": None}
+    return {"images": _written(data), "low": None, "high": None}
+
+
+def _written(data: Any) -> int:
+    """Return for how many images there is place in the file; a data set may have the shape of more."""
+    whole = int(data.shape[0])
+    if not data.size or not data.id.get_storage_size():
+        return 0
+    if data.chunks is None or not hasattr(data.id, "get_num_chunks"):
+        return whole
+    each = math.prod(-(-side // chunk) for side, chunk in zip(data.shape[1:], data.chunks[1:], strict=True))
+    return int(min(whole, data.id.get_num_chunks() // each * data.chunks[0]))
 
 
 def _text(name: str | bytes) -> str:

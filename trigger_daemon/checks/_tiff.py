@@ -6,9 +6,10 @@ so that no crafted file keeps a worker busy.
 
 from __future__ import annotations
 
+import operator
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from trigger_daemon.checks import Outcome, Window
@@ -18,14 +19,18 @@ from trigger_daemon.core.model import Verdict
 
 DIRECTORIES_MAX = 20_000  # frames of the longest movies, with room; the byte budget ends most walks before
 ENTRIES_MAX = 4_096  # in one directory; real ones have 10 to 60
-WORK_MAX = 500_000  # entries and values looked at in all, so that no crafted file keeps a worker busy
-ARRAY_MAX = 8_192  # strips of a frame looked at one by one; of more, the first and the last half as many
+# Strips and tiles are looked at one by one, about a second for so many. The byte budget ends most walks before, but a
+# crafted file may refer to the same bytes again and again.
+WORK_MAX = 4_000_000
+ENTRY_WORK = 8  # an entry of a directory is as much work as so many strips
+PART_VALUES = 2**16  # of an array, read at once
 TAIL_MAX = 16  # bytes after the last thing referred to; writers round up
 CHUNK_BYTES, BEFORE_BYTES = 2_048, 512  # one read brings a directory with the values libtiff puts around it
 SPARE_BYTES = 64  # beyond a directory like the last one: some entries more
 XML_BYTES_MAX = 64 * 2**10  # acquisition data of an EER file, a few kB
 
 COMPRESSION, STRIP_OFFSETS, STRIP_COUNTS, TILE_OFFSETS, TILE_COUNTS, SUB_DIRECTORIES = 259, 273, 279, 324, 325, 330
+PIXELS = (STRIP_OFFSETS, STRIP_COUNTS), (TILE_OFFSETS, TILE_COUNTS)
 ARRAYS = {STRIP_OFFSETS, STRIP_COUNTS, TILE_OFFSETS, TILE_COUNTS, SUB_DIRECTORIES}  # read if they lie elsewhere
 EER_COMPRESSIONS = range(65_000, 65_003)
 EER_ACQUISITION = 65_001
@@ -80,7 +85,7 @@ def _compare(walk: _Walk, expected: Expected, size: int, *, must_be_eer: bool) -
         return Verdict.INCOMPLETE, f"{have}, {amount(size)}"
     if expected.number is None and wanted is not None and walk.frames > wanted:
         return Verdict.SUSPECT, f"{frames(walk.frames)} where it announces {wanted:,}"
-    if odd := expected.odd(walk.frames):
+    if odd := expected.odd(walk.frames) or walk.odd:
         return Verdict.SUSPECT, odd
     if (tail := size - walk.end) > TAIL_MAX and walk.ends_known:
         return Verdict.SUSPECT, f"{have}, and {tail:,} bytes after them that nothing refers to"
@@ -148,6 +153,7 @@ class _Walk:
         self.announced: int | None = None  # what an EER file says of itself
         self.eer = False
         self.compression = 0  # of the first frame
+        self.odd = ""  # what no whole file should have, and some may
         self._first = True
         self._probe = probe
         self._layout = layout
@@ -162,11 +168,32 @@ class _Walk:
             raise _Cut("no frame's directory is written yet")
         while at:
             directory, at = self._read(at, "the next frame's directory")
-            self._pixels(directory)
+            self._pixels(directory, f"frame {self.frames + 1:,}")
             self._count(directory)
-            reduced = directory.get(SUB_DIRECTORIES)
-            for below in self._integers(reduced, _ends_of(reduced.count)) if reduced else ():
-                self._pixels(self._read(below, "a reduced image's directory")[0])
+            self._reduced(directory)
+
+    def _reduced(self, directory: _Directory) -> None:
+        """Walk the directories below one: those it names, those these lead to, and those below them."""
+        places = self._below(directory)
+        chains: dict[int, int] = {}  # directory -> the chain on which it was met
+        while places:
+            chain = at = places.pop()
+            if at in chains:  # it is named, and led to as well
+                continue
+            while at and at not in chains:
+                chains[at] = chain
+                below, at = self._read(at, "a reduced image's directory")
+                self._pixels(below, "a reduced image")
+                places += self._below(below)
+            if at and chains[at] == chain:
+                raise _Odd("reduced images that lead in a circle")
+
+    def _below(self, directory: _Directory) -> list[int]:
+        entry = directory.get(SUB_DIRECTORIES)
+        places = [at for part in self._integers(entry) for at in part]
+        if entry is not None and (0 in places or not places):  # so libtiff leaves them until they are written
+            raise _Cut("a reduced image's directory is not written yet")
+        return places
 
     def _read(self, at: int, what: str) -> tuple[_Directory, int]:
         """Return a directory, and where the next one is (0: none)."""
@@ -182,7 +209,7 @@ class _Walk:
             raise _Cut(f"{what} is still empty")
         if count > ENTRIES_MAX:
             raise _Odd(f"a directory of {count:,} entries")
-        self._spend(count)
+        self._spend(count * ENTRY_WORK)
         length = count * layout.entry.size
         begins = at + layout.number.size
         self._within(begins, length + layout.offset.size, what)
@@ -198,25 +225,47 @@ class _Walk:
                 self._within(layout.offset.unpack(value)[0], size, f"a value of the next frame (tag {tag})")
         return directory, layout.offset.unpack_from(data, length)[0]
 
-    def _pixels(self, directory: _Directory) -> None:
-        """Make sure that all strips and tiles are there."""
-        for offsets, counts in ((STRIP_OFFSETS, STRIP_COUNTS), (TILE_OFFSETS, TILE_COUNTS)):
-            begins, lengths = directory.get(offsets), directory.get(counts)
-            if begins is None:
-                continue
-            if lengths is None:  # very old writers left them out: only where the strips begin can be tested
-                self.ends_known = False
-                for begin in self._integers(begins, _ends_of(begins.count)):
-                    self._within(begin, 1, "the next frame")
-                continue
-            chosen = _ends_of(min(begins.count, lengths.count))
-            for begin, length in zip(self._integers(begins, chosen), self._integers(lengths, chosen), strict=False):
-                if begin and length:
-                    self._within(begin, length, "the next frame")
+    def _pixels(self, directory: _Directory, image: str) -> None:
+        """Make sure that all strips and tiles are there, and that there are any."""
+        found = [pair for pair in PIXELS if pair[0] in directory]
+        for offsets, counts in found:
+            self._strips(directory[offsets], directory.get(counts), image)
+        if not found:
+            self.odd = self.odd or f"{image} has neither strips nor tiles"
+
+    def _strips(self, begins: _Entry, lengths: _Entry | None, image: str) -> None:
+        """Look at every strip or tile of an image.
+
+        One that has neither a place nor a length is yet to come, or left out
+        for good as sparse files do; nothing tells these apart. One that has
+        only one of them is yet to come.
+        """
+        if not begins.count or (lengths and not lengths.count):  # so libtiff leaves them until they are written
+            raise _Cut(f"{image} has no pixels yet")
+        if begins.type not in INTEGERS or (lengths and lengths.type not in INTEGERS):
+            raise _Odd("an image whose strips have no places")
+        if lengths is None:  # very old writers left them out: only where the strips begin can be tested
+            self.ends_known = False
+        elif lengths.count != begins.count:
+            self.odd = self.odd or f"{image} has {begins.count:,} strips or tiles, but {lengths.count:,} lengths"
+        without = 0
+        sizes = self._integers(lengths)
+        for places in self._integers(begins):
+            counts = next(sizes, ()) if lengths else (1,) * len(places)
+            if 0 in places or 0 in counts:
+                neither = sum(not (at or count) for at, count in zip(places, counts, strict=False))
+                if counts.count(0) != neither or places.count(0) != neither:
+                    raise _Cut(f"{image} has no pixels yet")
+                without += neither
+            self._within(max(map(operator.add, places, counts), default=0), 0, "the next frame")
+        if without == begins.count:
+            raise _Cut(f"{image} has no pixels yet")
+        if without:
+            self.odd = self.odd or f"{image} has no pixels in {without:,} of {begins.count:,} strips or tiles"
 
     def _count(self, directory: _Directory) -> None:
         """Count a frame; in EER only those with its compression, for the final sum may follow."""
-        compression = next(iter(self._integers(directory.get(COMPRESSION), (range(1),))), 0)
+        compression = next((part[0] for part in self._integers(directory.get(COMPRESSION))), 0)
         if self._first:
             self._first = False
             self.compression, self.eer = compression, compression in EER_COMPRESSIONS
@@ -233,21 +282,19 @@ class _Walk:
         if said := _NUMBER_OF_FRAMES.search(text):
             self.announced = int(said[1])
 
-    def _integers(self, entry: _Entry | None, chosen: Iterable[range]) -> Iterable[int]:
-        """Yield the chosen ones of an entry's values; nothing if they are no integers."""
+    def _integers(self, entry: _Entry | None) -> Iterator[tuple[int, ...]]:
+        """Yield an entry's values in parts, none of them empty; nothing if they are no integers."""
         if entry is None or entry.type not in INTEGERS:
             return
         form, size = INTEGERS[entry.type], TYPE_BYTES[entry.type]
         inline = entry.count * size <= self._layout.offset.size
         at = 0 if inline else self._layout.offset.unpack(entry.value)[0]
-        for part in chosen:
-            count = min(part.stop, entry.count) - part.start
-            if count <= 0:
-                continue
+        for start in range(0, entry.count, PART_VALUES):
+            count = min(PART_VALUES, entry.count - start)
             self._spend(count)
-            begin = at + part.start * size
-            data = entry.value[begin : begin + count * size] if inline else self._bytes(begin, count * size)
-            yield from struct.unpack_from(f"{self._layout.order}{min(count, len(data) // size)}{form}", data)
+            data = entry.value if inline else self._bytes(at + start * size, count * size)
+            if whole := min(count, len(data) // size):
+                yield struct.unpack_from(f"{self._layout.order}{whole}{form}", data)
 
     def _within(self, offset: int, length: int, what: str) -> None:
         if offset + length > self._probe.size:
@@ -269,10 +316,3 @@ class _Walk:
         data = self._probe.read(start, max(in_all, offset + length - start))
         self._chunks = [(start, data), *self._chunks[:1]]
         return data[offset - start : offset - start + length]
-
-
-def _ends_of(count: int) -> tuple[range, ...]:
-    """Return the indices to look at: all, or of very many the first and the last."""
-    if count <= ARRAY_MAX:
-        return (range(count),)
-    return range(ARRAY_MAX // 2), range(count - ARRAY_MAX // 2, count)

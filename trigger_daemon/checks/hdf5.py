@@ -3,7 +3,8 @@
 The library that wrote it keeps both in the first bytes. It is never used here:
 its way of opening a file takes a lock that makes the writer's own fail. A
 writer that flushes an old-style file leaves it looking whole but for a flag
-that is officially unused: that is suspect, no proof.
+that is officially unused: that is suspect, no proof. So are holes, which a copy
+leaves that sets the length first, and a writer that aligns its parts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Has SerialEM's mdoc a last section as full as the earlier ones, and as many sections as expected?
 
 A file that is cut exactly at a section's end looks whole; a tilt series is
-only known to be finished by its number of sections: say `sections`.
+only known to be finished by its number of sections: say `sections`. A section
+that is the only one of its kind, as of a single movie, is never surely
+finished: which keys follow DateTime, if any, differs from SerialEM to SerialEM
+(NavigatorLabel, FilterSlitAndLoss, UncroppedSize, TimeStamp).
 """
 
 from __future__ import annotations
@@ -41,13 +44,18 @@ def check(probe: Window, options: Mapping[str, Any], companions: Mapping[str, Wi
     last = found[-1]
     earlier = [section.values.keys() for section in found[:-1] if section.kind == last.kind]
     wanted = set.intersection(*map(set, earlier)) if earlier else set()
-    lone = len(found) == 1 and last.kind == FRAME_SET
-    if lone:
+    if len(found) == 1 and last.kind == FRAME_SET:
         wanted = set(FRAME_SET_KEYS)
+    if not last.values:
+        return Outcome(Verdict.INCOMPLETE, f"{have}, the last one still empty")
     if missing := sorted(wanted - last.values.keys()):
         return Outcome(Verdict.INCOMPLETE, f"{have}, the last one without {', '.join(missing[:3])}")
     if expected is not None and len(found) > expected:
         return Outcome(Verdict.SUSPECT, f"{len(found):,} sections where {expected:,} were expected")
-    if expected is None and not lone:
+    if b"\0" in data:
+        return Outcome(Verdict.SUSPECT, f"{have}, but bytes in it that are no text")
+    if not earlier:
+        return Outcome(Verdict.UNKNOWN, f"{have}, and no other to compare its last lines with: more may follow")
+    if expected is None:
         return Outcome(Verdict.UNKNOWN, f"{have}, and more may follow: the rule gives no number to compare with")
     return Outcome(Verdict.COMPLETE, have)

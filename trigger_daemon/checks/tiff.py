@@ -2,7 +2,8 @@
 
 libtiff leaves a valid file after every frame, so only the expected number
 tells a whole movie from half of one: say `frames`. EER says it itself, in the
-acquisition data of its first directory.
+acquisition data of its first directory. A frame of which nothing is written is
+incomplete; strips or tiles that are left out, as in sparse files, are suspect.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -157,14 +158,15 @@ class Runs:
         ] = {}  # (rule id, captures) -> runs that wait for its success
         self._blocking: dict[int, list[int]] = {}  # run -> runs that wait for its end
         self._left: dict[int, set[int]] = {}  # ended run -> open runs that it still waited for
+        self._idle: set[int] = set()  # runs that have a place and stand still (INACTIVE)
         self._followed: dict[int, set[tuple[str, ...]]] = {}  # rule id -> sets of `same` that others ask for
 
     # ----------------------------------------------------------------- policy
 
     @property
     def at_work(self) -> int:
-        """Return how many runs count against the limits."""
-        return sum(self._working.values())
+        """Return how many runs count against `runs` of the throttle: those that stand still do not."""
+        return sum(self._working.values()) - len(self._idle)
 
     def follows(self, rule_id: int) -> Iterable[tuple[str, ...]]:
         """Return the sets of captures for which other rules wait until this one succeeded."""
@@ -343,7 +345,7 @@ class Runs:
         for name in order:
             queue = self._ready[name]
             rule = self.rules.get(name)
-            limit = rule.runs_max if rule and rule.runs_max is not None else self.runs_max
+            limit = rule.runs_max if rule and rule.runs_max is not None else math.inf
             while queue and self.at_work < self.runs_max and self._working.get(name, 0) < limit:
                 if name in self.paused_rules:
                     break
@@ -365,15 +367,25 @@ class Runs:
     def _take_slot(self, run: Run) -> None:
         if not run.slot:
             run.slot = True
+            self._stands_still(run, run.state == RunState.INACTIVE)  # so it was before a restart
             self._working[run.rule] = self._working.get(run.rule, 0) + 1
 
     def _free_slot(self, run: Run) -> None:
         if run.slot:
             run.slot = False
+            self._idle.discard(run.id)
             self._working[run.rule] -= 1
             if not self._working[run.rule]:
                 del self._working[run.rule]
             self.dirty = True
+
+    def _stands_still(self, run: Run, still: bool) -> None:
+        """Let other rules have the place of a run that does nothing; its own rule's limit still counts it."""
+        if run.slot and still:
+            self._idle.add(run.id)
+            self.dirty = True
+        else:  # at work again, even where that is one more than allowed
+            self._idle.discard(run.id)
 
     def _begin(self, run: Run, at: float) -> None:
         try:
@@ -531,11 +543,13 @@ class Runs:
     def _progress(self, run: Run, fact: Polled) -> None:
         if fact.status == "inactive" and run.state == RunState.ACTIVE:
             self._move(run, Event.PAUSED, fact.why, fact.at, error=fact.why, hint=fact.hint)
+            self._stands_still(run, True)
             self.alarms.raised(
                 f"inactive:{run.id}", f"run {run.id} of {run.rule} is paused: {fact.why}", fact.hint, fact.at
             )
         elif fact.status == "active" and run.state == RunState.INACTIVE:
             self._move(run, Event.RESUMED, fact.why or "goes on", fact.at, error="", hint="")
+            self._stands_still(run, False)
         if fact.status == "active" and self.alarms.open:
             self.alarms.clear(f"inactive:{run.id}", fact.at)
         if run.state in (RunState.ACTIVE, RunState.INACTIVE):
