@@ -120,8 +120,8 @@ def at_destination(fault: OSError, doing: str, path: bytes) -> Trouble:
     if code in NO_SPACE:
         return Trouble("transient", "destination", words, "make room there; the copy goes on by itself", counts=False)
     if code == errno.EROFS:
-        return Trouble("transient", "destination", words,
-                       "it is mounted read-only: look at its disk (dmesg); the copy goes on by itself", counts=False)
+        return Trouble("person", "destination", words,
+                       "it is read-only: look at its disk (dmesg) and mount it writable; the copy goes on by itself")
     if code in (errno.EACCES, errno.EPERM):
         return Trouble("person", "destination", words,
                        "give the daemon's user the right to write there, then `trigger-daemon runs retry`")
