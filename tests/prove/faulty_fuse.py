@@ -28,7 +28,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ANSWER_S = 10.0  # a server that does not answer its own test by then is broken
 LAZY = 2  # MNT_DETACH
 READ_BYTES = 1 << 18  # the largest request is a write of 64 KiB
@@ -71,10 +70,9 @@ class FaultyShare:
     def mount(self) -> None:
         """Start the server, also after `die` and `unmount`."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.prove.faulty_fuse", str(self.directory), str(self.point)],
+            [sys.executable, __file__, str(self.directory), str(self.point)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            cwd=REPOSITORY,
         )
         try:
             self._told()
