@@ -1319,6 +1319,7 @@ class World:
         self.note(f"the journal broke: {error.message.rpartition(': ')[2]}")
         life.end()
         self.life = None
+        self._before = None  # what was to be committed may be in it, or not
         self._forget_sql()
         self.later(RESTART_S, self.start)
 
@@ -1373,7 +1374,9 @@ class World:
                     if not f.role and mine.get(join_file(f), (f.size, f.mtime_ns)) != (f.size, f.mtime_ns):
                         self.breaks("order", f"runs {other.run} and {request.run} write {f.path} at once")
         limit = next((one.runs_max for one in self.shape.rules if one.name == request.rule), None)
-        if len(live) >= RUNS_MAX or (limit and sum(a.rule == request.rule for a in live) >= limit):
+        still = {run for (run,) in self.ask("SELECT id FROM run WHERE state = 'INACTIVE'")}
+        at_work = [a for a in live if a.run not in still]  # what stands still leaves its place to other rules
+        if len(at_work) >= RUNS_MAX or (limit and sum(a.rule == request.rule for a in live) >= limit):
             self.breaks("limits", f"attempt {key} begins beside {[a.key for a in live]}")
 
     def judge_move(self, attempt: Attempt, file: actions.File) -> None:
@@ -1384,8 +1387,9 @@ class World:
         version, run = before
         if run != attempt.run and version == (file.size, file.mtime_ns):
             self.breaks("twice", f"runs {run} and {attempt.run} both moved {file.path} {version}")
-        order = [state[:2] for _, state in self.disk.history[join_file(file)] if state]
-        if order.index(version) > order.index((file.size, file.mtime_ns)):
+        # By when each stood last: one that was put back comes after what was there meanwhile.
+        order = [state[:2] for _, state in reversed(self.disk.history[join_file(file)]) if state]
+        if order.index(version) < order.index((file.size, file.mtime_ns)):
             self.breaks("order", f"run {attempt.run} put an older {file.path} over that of run {run}")
 
     def _resent(self, runs: Iterable[int]) -> bool:
