@@ -41,6 +41,9 @@ class FakeProviders:
     def prepares(self, action: str) -> bool:
         return self._prepares
 
+    def leaves_out(self, action: str) -> bool:
+        return True
+
     def templates(self, action: str) -> frozenset[str]:
         return frozenset({"to"})
 
@@ -56,7 +59,6 @@ class Ledger:
     """The journal of the lab: what a real one would keep, and the laws it enforces."""
 
     claims: dict[tuple[int, str], dict[tuple[int, int], int]] = field(default_factory=dict)
-    released: dict[tuple[int, str], dict[tuple[int, int], int]] = field(default_factory=dict)
     batches: dict[int, model.BatchClosed] = field(default_factory=dict)
     states: dict[int, RunState] = field(default_factory=dict)
     final: set[int] = field(default_factory=set)
@@ -82,8 +84,9 @@ class Ledger:
             case model.Released():
                 for path in record.paths:
                     versions = self.claims.get((record.rule, path), {})
-                    for version in [v for v, batch in versions.items() if batch == record.batch]:
-                        self.released.setdefault((record.rule, path), {})[version] = versions.pop(version)
+                    gone = (record.batch, model.CLAIM_REWRITE_IGNORED)
+                    for version in [v for v, batch in versions.items() if batch in gone]:
+                        del versions[version]
             case model.Claimed():
                 for name, size, mtime in record.rows:
                     path = model.join(record.dir, name)
@@ -295,9 +298,7 @@ class Lab:
             now = self.disk.get((root, path), (0, 0))[:2]
             if now in versions:
                 continue
-            others = self.ledger.released.get((number, path), {}) if joined else {}
-            batches = [*versions.values(), *(b for version, b in others.items() if version != now)]
-            earlier = max([b for b in batches if b > 0], default=0)
+            earlier = max([b for b in versions.values() if b > 0], default=0)
             wants.append((number, earlier))
         return tuple(wants)
 

@@ -1171,20 +1171,22 @@ def test_a_file_taken_away_and_put_back_while_its_run_works_is_sent(files, resta
     assert lab.batches()[1:] == [("a/0.tif",)]
 
 
-def test_a_version_that_comes_after_one_left_out_is_still_a_rewrite():
-    """`on_rewrite: ignore` holds for it, as the rule says; what was left out is its earlier version."""
+def test_what_comes_after_a_version_that_was_left_out_is_no_rewrite():
+    """`on_rewrite: ignore`: the first was never sent, so what was ignored for its sake is sent."""
     lab = Lab(rule(on_rewrite="ignore"), auto=False)
     lab.write("a/0.tif")
     lab.run_for(100)
     lab.step(model.Started(1, 1, "h", lab.at))
-    lab.write("a/0.tif", 77, heard=False)
+    lab.write("a/0.tif", 77)
+    lab.run_for(100)
     lab.step(model.Polled(1, 1, "succeeded", lab.at, changed=("a/0.tif",)))
     lab.step(model.Proved(1, 1, [], lab.at, ("a/0.tif",)))
     lab.run_for(200)
     lab.sweep()
     lab.run_for(200)
 
-    assert lab.batches() == [("a/0.tif",)]
+    assert lab.batches() == [("a/0.tif",), ("a/0.tif",)]
+    assert lab.closed[1][1].members[0].size == 77
 
 
 def test_a_run_that_stands_still_leaves_its_place_to_others():
@@ -1202,3 +1204,21 @@ def test_a_run_that_stands_still_leaves_its_place_to_others():
     lab.step(model.Polled(1, 1, "active", lab.at))
 
     assert lab.engine.runs.at_work == 2, "it was at work already: one more than allowed is no less true"
+
+
+def test_a_run_that_stood_still_counts_again_whatever_a_person_did_meanwhile():
+    """Held and retried while it stood still, it is at work as soon as its provider says so."""
+    lab = Lab(rule(), auto=False)
+    lab.engine.runs.runs_max = 1
+    lab.write("a/1.tif")
+    lab.run_for(40)
+    lab.step(model.Started(1, 1, "h", lab.at))
+    lab.step(model.Polled(1, 1, "inactive", lab.at, why="hangs"))
+    lab.order("runs.hold", ids=[1])
+    lab.order("runs.retry", ids=[1])
+    lab.step(model.Polled(1, 1, "active", lab.at))
+    lab.write("a/2.tif")
+    lab.run_for(60)
+
+    assert lab.engine.runs.at_work == 1
+    assert [e.run for e in lab.asked if isinstance(e, model.Start)] == [1]

@@ -442,7 +442,8 @@ def test_files_are_for_the_owner_and_the_group(state_dir: Path, journal: Journal
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in state_dir.iterdir()}
 
     assert stat.S_IMODE(state_dir.stat().st_mode) == 0o2770
-    assert modes == dict.fromkeys(("lock", "journal.db", "journal.db-wal", "journal.db-shm", "journal.made"), 0o660)
+    names = ("lock", "journal.db", "journal.db-wal", "journal.db-shm", "journal.last", "journal.made")
+    assert modes == dict.fromkeys(names, 0o660)
 
 
 def test_a_network_file_system_is_refused(state_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -740,7 +741,7 @@ def test_people_read_while_the_daemon_writes_and_when_it_is_down(state_dir: Path
 
     assert up is not None and up == down == killed
     assert kept == 1, "the commit that lies only in the -wal"
-    assert files == left == ["journal.db", "journal.made", "lock"]
+    assert files == left == ["journal.db", "journal.last", "journal.made", "lock"]
     assert before == after, "recovery is the daemon's: a reader stopped in the middle of it would lock the next one out"
 
 

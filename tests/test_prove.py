@@ -57,7 +57,7 @@ class World:
     def executed(self) -> None:
         with self.executions.open("a") as file:
             line = {"execution": file.tell(), "rule": "work", "files": [["a.tif", *self.version]]}
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line) + "\n" + json.dumps({"execution": line["execution"], "exit": 0}) + "\n")
 
 
 def nothing(world: World) -> None:
@@ -92,6 +92,10 @@ def executed_unknown(world: World) -> None:
     world.sql.execute("DELETE FROM batch WHERE id = 2")
 
 
+def never_executed(world: World) -> None:
+    world.executions.write_text("")
+
+
 def cut_at_the_destination(world: World) -> None:
     (world.out / "a.tif").write_bytes(content("a", 499))
 
@@ -119,6 +123,7 @@ def source_littered(world: World) -> None:
 BROKEN: list[tuple[Callable[[World], None], set[str]]] = [
     (nothing, set()), (no_batch, {"missed"}), (not_ended, {"missed"}), (too_soon, {"early"}), (half_a_file, {"early"}),
     (two_batches, {"twice"}), (executed_again, {"twice"}), (executed_unknown, {"twice", "missed"}),
+    (never_executed, {"missed"}),
     (cut_at_the_destination, {"partial", "verified"}), (left_over, {"partial"}), (not_there, {"verified"}),
     (source_removed, {"deleted"}), (source_changed, {"deleted"}), (source_littered, {"deleted"}),
 ]  # fmt: skip

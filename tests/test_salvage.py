@@ -115,6 +115,7 @@ def test_a_recovery_that_was_killed_is_called_again(stage: Stage) -> None:
         if step == "new":
             (site.state / "journal.recovered").write_bytes(b"half")
         if step.endswith("aside"):
+            (site.state / "journal.recovered").write_bytes(b"whole")
             aside = site.state / f"{ASIDE}2030-01-01T000000Z"
             aside.mkdir(exist_ok=True)
             journal.rename(aside / journal.name)
@@ -125,7 +126,7 @@ def test_a_recovery_that_was_killed_is_called_again(stage: Stage) -> None:
         aside = Path(told.aside)
         assert (aside / journal.name).read_bytes() == bytes(damaged), step
         assert (aside / wal.name).read_bytes() == before[1], step
-        assert {p.name for p in site.state.glob("journal.[!d]*")} == {"journal.made"}, step
+        assert {p.name for p in site.state.glob("journal.[!d]*")} == {"journal.made", "journal.last"}, step
         assert sound(journal)
 
 
@@ -225,3 +226,145 @@ def test_a_journal_with_a_damaged_page_is_not_opened_after_a_crash(stage: Stage,
 
     with pytest.raises(JournalDamaged, match="damaged"):
         Journal.open(stage.site.state)
+
+
+@pytest.mark.parametrize("how", ["gone", "no header", "cut"])
+def test_a_wal_that_was_taken_away_or_damaged_is_noticed(stage: Stage, how: str) -> None:
+    """SQLite goes on without it in silence, and every program in it would be started again."""
+    stage.before()
+    stage.site.start()
+    stage.until_idle()
+    stage.site.kill()
+    wal = stage.site.state / "journal.db-wal"
+    if how == "gone":
+        wal.unlink()
+    elif how == "cut":
+        os.truncate(wal, wal.stat().st_size // 8)
+    else:
+        wal.write_bytes(bytes(32) + wal.read_bytes()[32:])
+    refused = stage.site.cli("serve", check=False)
+    assert refused.returncode == 1 and "journal recover" in refused.stderr
+    executed = stage.executions.read_bytes()
+
+    told = stage.site.json("journal", "recover")
+    assert any("batches up to" in words for words in told["problems"])
+    stage.site.start()
+    stage.site.cli("resume")
+    stage.writer.whole("c/new.tif", content("new", 500))
+    stage.site.until(lambda: b"new.tif" in stage.executions.read_bytes(), 30, "what is new goes")
+    assert stage.executions.read_bytes().startswith(executed)
+    assert stage.executions.read_bytes().count(b"1.tif") == executed.count(b"1.tif")
+
+
+def test_a_second_loss_gives_no_number_again_and_sets_nothing_over_the_first(stage: Stage) -> None:
+    """A provider that knows the number would take new work for old; and each damaged journal is kept."""
+    site = stage.site
+    rules = rules_of(stage)
+    stage.before()
+    site.start()
+    stage.until_idle()
+    site.kill()
+    floors, kept = [], []
+    for round_ in range(3):
+        journal = site.state / "journal.db"
+        if round_ == 1:
+            for path in site.state.glob("journal.db*"):
+                path.unlink()
+        else:
+            data = bytearray(journal.read_bytes())
+            data[:16] = bytes(16)
+            journal.write_bytes(data)
+            kept.append(bytes(data))
+        told = salvage(site.state, rules, (), NOW)
+        assert bool(told.aside) == (round_ != 1)
+        opened = Journal.open(site.state)
+        floors.append(opened.load().last_batch)
+        opened.close()
+
+    assert floors == sorted(set(floors)) and floors[0] >= 1_000_000
+    assert sorted(path.read_bytes() for path in site.state.glob(f"{ASIDE}*/journal.db")) == sorted(kept)
+
+
+def test_what_a_run_left_out_is_not_claimed_by_a_recovery(stage: Stage) -> None:
+    """A manifest tells who was in a batch; the journal knows who of them was left out."""
+    stage.before()
+    stage.site.start()
+    stage.until_idle()
+    stage.site.stop()
+    journal = stage.site.state / "journal.db"
+    with closing(sqlite3.connect(journal, isolation_level=None)) as sql:
+        sql.execute("UPDATE claim SET rule = rule + 2199023255552 WHERE name = CAST('1.tif' AS BLOB) AND rule = 1")
+        (page,) = sql.execute("SELECT rootpage FROM sqlite_master WHERE name = 'ordered'").fetchone()
+        before = sql.execute("SELECT rule, batch FROM claim WHERE name = CAST('1.tif' AS BLOB) ORDER BY 1").fetchall()
+    data = bytearray(journal.read_bytes())
+    data[(page - 1) * 4_096 : page * 4_096] = b"\xa5" * 4_096
+    journal.write_bytes(data)
+    salvage(stage.site.state, rules_of(stage), (), NOW)
+
+    with closing(sqlite3.connect(journal)) as sql:
+        after = sql.execute("SELECT rule, batch FROM claim WHERE name = CAST('1.tif' AS BLOB) ORDER BY 1").fetchall()
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "damage_",
+    [
+        "UPDATE kept SET value = '{' || value", "UPDATE batch SET manifest = '[' || manifest",
+        "UPDATE batch SET request = 'x' || request", "UPDATE batch SET captures = '['",
+        "UPDATE run SET state = 'PENDIMG'",
+    ],
+)  # fmt: skip
+def test_a_text_that_cannot_be_read_is_damage(stage: Stage, damage_: str) -> None:
+    """One flipped bit in a JSON: the start says so, and the recovery takes the rest over."""
+    stage.before()
+    stage.site.start()
+    stage.until_idle()
+    stage.site.stop()
+    journal = stage.site.state / "journal.db"
+    with closing(sqlite3.connect(journal, isolation_level=None)) as sql:
+        sql.execute("INSERT OR REPLACE INTO kept VALUES ('k', '1')")
+        sql.execute("UPDATE run SET state = 'HELD', final = 0 WHERE id = 1")
+        sql.execute(damage_)
+    told = salvage(stage.site.state, rules_of(stage), (), NOW)
+
+    assert told.problems and told.batches
+    opened = Journal.open(stage.site.state)
+    assert opened.load().kept["paused"] and opened.check() == []
+    opened.close()
+
+
+def test_a_rule_that_comes_back_after_a_recovery_sends_nothing_again(stage: Stage) -> None:
+    """It was out for maintenance when the journal was recovered; its files of before are as unknown as the others'."""
+    stage.before()
+    stage.site.start()
+    stage.until_idle()
+    stage.site.stop()
+    stage.site.write_rules(stage.rules()[0])
+    damage(stage.site.state / "journal.db", "header")
+    executed = stage.executions.read_bytes()
+    stage.site.json("journal", "recover")
+    stage.site.start()
+    stage.site.cli("resume")
+    stage.site.write_rules(*stage.rules())
+    stage.writer.whole("c/new.tif", content("new", 500))
+    stage.site.until(lambda: b"new.tif" in stage.executions.read_bytes(), 30, "what is new goes")
+
+    assert stage.executions.read_bytes().startswith(executed)
+    assert stage.executions.read_bytes().count(b"exit") == executed.count(b"exit") + 1
+
+
+def test_a_program_is_not_executed_twice_if_its_file_is_away_for_a_moment(stage: Stage) -> None:
+    """A program that ended has had its file, even where it cannot be found when it ends."""
+    program = stage.base / "program.py"
+    program.write_text(program.read_text().replace("os.write(out, (json", "time.sleep(1)\nos.write(out, (json"))
+    stage.site.write_rules(stage.rules()[1])
+    stage.site.start()
+    stage.writer.whole("a/1.tif", content("1", 900))
+    stage.site.until(lambda: bool(stage.site.ask("SELECT 1 FROM attempt")), 20, "the program runs")
+    os.rename(stage.site.data / "a", stage.base / "away")
+    stage.site.until(lambda: not stage.site.ask("SELECT 1 FROM run WHERE final = 0"), 20, "it has ended")
+    os.rename(stage.base / "away", stage.site.data / "a")
+    stage.writer.whole("a/2.tif", content("2", 900))
+    stage.site.until(lambda: b"2.tif" in stage.executions.read_bytes(), 20, "the next one runs")
+
+    assert stage.executions.read_bytes().count(b"1.tif") == 1

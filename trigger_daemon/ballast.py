@@ -28,7 +28,10 @@ class Ballast:
         self._new = state_dir / f"{BALLAST}.new"
 
     def __bool__(self) -> bool:
-        return self._path.exists()
+        try:
+            return self._path.stat().st_size > 0
+        except OSError:
+            return False
 
     def keep(self) -> bool:
         """Make the file if it is not there and there is room for it; say whether it is there. Never raises."""
@@ -61,6 +64,8 @@ class Ballast:
 
     def give_up(self) -> bool:
         """Free its room; say whether there was any. Never raises."""
+        with suppress(OSError):
+            self._new.unlink()  # of a making that was killed
         if not self:
             return False
         with suppress(OSError):

@@ -25,6 +25,7 @@ from trigger_daemon.errors import JournalConflict, JournalDamaged, JournalError,
 JOURNAL = "journal.db"
 CONTROL = "control.db"
 LOCK = "lock"
+LAST = "journal.last"
 BALLAST = "ballast"
 
 FILE_MODE = 0o660  # group members ask and order; SQLite gives -wal and -shm the mode of their file
@@ -123,6 +124,14 @@ def fault_of(error: sqlite3.Error, path: Path) -> JournalError:
     if code == sqlite3.SQLITE_CONSTRAINT:
         return JournalConflict(f"{path} refuses a record: {error}", hint="this is a bug; please report it")
     return JournalError(f"{path}: {error}")
+
+
+def last_batch(state_dir: Path) -> int:
+    """Return the newest batch that was committed, as it was written beside the journal; 0 if nothing is."""
+    try:
+        return int((state_dir / LAST).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
 
 
 def damaged(path: Path, why: str) -> JournalIo:

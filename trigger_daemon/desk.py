@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from trigger_daemon.clock import Clock
-from trigger_daemon.core.model import RELEASED, Fact, RootChanged, Row, Signal, State, Unreadable, Want, join
+from trigger_daemon.core.model import Fact, RootChanged, Row, Signal, State, Unreadable, Want, join
 from trigger_daemon.core.patterns import Matcher
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.hints import HintSource, WatchLimit
@@ -285,8 +285,6 @@ class Desk:
                         break
                     if batch > newest:
                         newest = batch
-                elif claimer == rule + RELEASED and batch > newest and (size, mtime_ns) != version:
-                    newest = batch  # its run left it out, and this is what came after it
             else:
                 left.append((rule, newest))
         return tuple(left)

@@ -72,6 +72,9 @@ class Providers:
     def prepares(self, action: str) -> bool:
         return bool(self._class(action).PREPARES)
 
+    def leaves_out(self, action: str) -> bool:
+        return bool(getattr(self._class(action), "LEAVES_OUT", False))
+
     def _templates(self, action: str) -> frozenset[str]:
         return frozenset(name for name, option in self._class(action).OPTIONS.items() if option.template)
 

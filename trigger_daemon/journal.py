@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 from trigger_daemon import __version__
 from trigger_daemon.ballast import Ballast
 from trigger_daemon.core.model import (
+    CLAIM_REWRITE_IGNORED,
     RELEASED,
     RIDER,
     AlarmAcked,
@@ -54,6 +55,7 @@ from trigger_daemon.database import (
     DIRECTORY_MODE,
     FILE_MODE,
     JOURNAL,
+    LAST,
     DaemonLock,
     damaged,
     fault_of,
@@ -61,6 +63,7 @@ from trigger_daemon.database import (
     from_name,
     from_number,
     from_text,
+    last_batch,
     quoted,
     to_json,
     to_name,
@@ -124,9 +127,15 @@ class Journal:
         self._reading = threading.Lock()  # readers of manifests do not wait for a commit
         self._dirs: OrderedDict[tuple[int, str], int] = OrderedDict()
         self._broken = False
+        self._closed = False
         self._ballast = Ballast(state_dir)
         self.ballast_given_up = False  # the disk was full, and has no room for it yet
-        self._connect()
+        self._last = _open_last(state_dir)
+        try:
+            self._connect()
+        except BaseException:
+            os.close(self._last)
+            raise
 
     @classmethod
     def open(cls, state_dir: Path, *, make: bool = True) -> Journal:
@@ -166,8 +175,11 @@ class Journal:
     def close(self) -> None:
         """Close the file and give the directory up; idempotent."""
         with self._reading, self._writing:
-            self._fold()
-            self._disconnect()
+            if not self._closed:
+                self._fold()
+                self._disconnect()
+                os.close(self._last)
+                self._closed = True
         self._daemon_lock.release()
 
     def _fold(self) -> None:
@@ -208,6 +220,11 @@ class Journal:
             return
         with self._writing:
             self._transact(lambda writer: writer.write(records))
+            newest = max((record.batch for record in records if isinstance(record, BatchClosed)), default=0)
+            if newest:
+                # Unsynced, as it need only outlive this process: it tells a -wal that was cut or taken away.
+                with suppress(OSError):
+                    os.pwrite(self._last, b"%020d\n" % newest, 0)
 
     def rule_ids(self, names: Iterable[str]) -> dict[str, int]:
         """Return the number each rule name has for ever, giving new ones out."""
@@ -252,6 +269,8 @@ class Journal:
                 self._read.execute("BEGIN")
                 try:
                     return _load(self._read)
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise damaged(self.path, f"it holds what nobody wrote: {error}") from error
                 finally:
                     self._read.execute("ROLLBACK")
             except sqlite3.Error as error:
@@ -307,6 +326,10 @@ class Journal:
         self._write, version = _open_for_writing(self.path)
         try:
             _refuse_damage(self._write, self.path, unclean=unclean)
+            _refuse_loss(self._write, self.path)
+        except sqlite3.Error as error:
+            self._write.close()
+            raise fault_of(error, self.path) from error
         except JournalError:
             self._write.close()
             raise
@@ -594,6 +617,25 @@ def _open_for_writing(path: Path) -> tuple[sqlite3.Connection, int]:
     return connection, int(version)
 
 
+def _open_last(state_dir: Path) -> int:
+    try:
+        fd = os.open(state_dir / LAST, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+        if os.fstat(fd).st_size == 0:
+            os.fchmod(fd, FILE_MODE)
+            os.pwrite(fd, b"%020d\n" % 0, 0)
+        return fd
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (JournalFull if full else JournalIo)(f"cannot open {state_dir / LAST}: {error.strerror}") from error
+
+
+def _refuse_loss(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise JournalDamaged if batches are missing that were committed: SQLite ends a damaged -wal in silence."""
+    known = max(connection.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()[0], _floor(connection))
+    if (last := last_batch(path.parent)) > known:
+        raise damaged(path, f"batches up to {last} were made, and it ends at {known}: is its -wal damaged, or gone?")
+
+
 def _refuse_damage(connection: sqlite3.Connection, path: Path, *, unclean: bool) -> None:
     """Raise JournalDamaged for a file whose pages, after a crash, do not hang together.
 
@@ -872,6 +914,14 @@ class _Writer:
             case Forgotten():
                 self._forgotten(record)
             case Released(rule, root, batch, paths):
+                self.many(
+                    "DELETE FROM claim WHERE rule = ? AND batch = ? AND name = ?"
+                    " AND dir = (SELECT id FROM dir WHERE root = ? AND path = ?)",
+                    (
+                        (rule, CLAIM_REWRITE_IGNORED, to_name(name), root, to_name(directory))
+                        for directory, name in map(split, paths)
+                    ),
+                )
                 self.many(
                     "UPDATE OR REPLACE claim SET rule = ? WHERE rule = ? AND batch = ? AND name = ?"
                     " AND dir = (SELECT id FROM dir WHERE root = ? AND path = ?)",

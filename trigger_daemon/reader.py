@@ -412,7 +412,28 @@ def faults_of(sql: sqlite3.Connection) -> list[str]:
         return faults  # what lies on damaged pages says nothing
     for words, question in _INVARIANTS:
         faults += [words.format(*row) for row in sql.execute(f"{question} LIMIT {FAULTS_MAX}")]
-    return faults + _manifest_faults(sql)
+    return faults + _text_faults(sql) + _manifest_faults(sql)
+
+
+def _text_faults(sql: sqlite3.Connection) -> list[str]:
+    """Look whether what a start reads can be read."""
+    questions = {
+        "the setting {0!r}": "SELECT key, value FROM kept",
+        "the request of batch {0}": "SELECT batch.id, request FROM batch JOIN run USING (id) WHERE final = 0",
+        "the group of batch {0}": "SELECT batch.id, captures FROM batch JOIN run USING (id) WHERE final = 0",
+        "what run {0} waits for": "SELECT id, waits_on FROM run WHERE final = 0 AND waits_on IS NOT NULL",
+    }
+    faults = []
+    for words, question in questions.items():
+        for key, text in sql.execute(question):
+            try:
+                from_json(from_text(text) if text is not None else None)
+            except (ValueError, TypeError) as error:
+                faults.append(f"{words.format(key)} cannot be read: {error}")
+    known = ", ".join(f"'{state}'" for state in RunState)
+    for run, state in sql.execute(f"SELECT id, state FROM run WHERE final = 0 AND state NOT IN ({known})"):
+        faults.append(f"run {run} is in a state that nobody knows: {state!r}")
+    return faults[:FAULTS_MAX]
 
 
 _INVARIANTS = (
@@ -473,7 +494,11 @@ def _manifest_faults(sql: sqlite3.Connection) -> list[str]:
         " JOIN batch ON batch.id = run.id WHERE run.final = 0 AND batch.manifest IS NOT NULL"
     )
     for batch, rule, files, manifest in rows:
-        members = members_of(manifest)
+        try:
+            members = members_of(manifest)
+        except (ValueError, TypeError) as error:
+            faults.append(f"the manifest of batch {batch} cannot be read: {error}")
+            continue
         if len(members) != files:
             faults.append(f"the manifest of batch {batch} has {len(members)} members, its numbers say {files}")
         missing = [member.path for member in members if not member.role and not _claimed(sql, rule, member)]

@@ -10,22 +10,26 @@ starts before a person says `resume`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trigger_daemon.core.model import CLAIM_UNKNOWN, RIDER, UNKNOWN
+from trigger_daemon.core.model import CLAIM_UNKNOWN, RELEASED, RIDER, UNKNOWN, RunState
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.database import (
     FILE_MODE,
     JOURNAL,
+    LAST,
     DaemonLock,
     from_json,
+    from_text,
+    last_batch,
     to_json,
     to_name,
     to_number,
@@ -39,6 +43,7 @@ from trigger_daemon.reader import faults_of, members_of
 ASIDE = "journal.damaged-"  # plus when; directories beside the journal
 NEW = "journal.recovered"
 COPY = "journal.copy"
+_ATTEMPT = re.compile(r"(\d{1,15})-\d")
 BATCHES_LOST_MAX = 1_000_000  # numbers that are not given again, as providers may know them
 HELD = "the journal was recovered at {}: what became of this run since is not known"
 
@@ -78,9 +83,10 @@ def salvage(state_dir: Path, rules: Sequence[Rule], send: Collection[str], now: 
     """
     lock = DaemonLock(state_dir)
     try:
-        source = _source(state_dir)
+        interrupted = (state_dir / NEW).exists()
+        source = _source(state_dir, interrupted=interrupted)
         with _Copied(state_dir, source) as copy:
-            problems = _problems(copy)
+            problems = _problems(copy, state_dir)
             if source is not None and not problems:
                 raise JournalError(f"{source} is sound", hint="nothing is to be recovered; start the daemon")
             told = Salvaged("", problems or ["it is gone"])
@@ -95,13 +101,15 @@ def salvage(state_dir: Path, rules: Sequence[Rule], send: Collection[str], now: 
                 if copy is not None:
                     _take_over(copy, sql, told)
                 _make_consistent(sql, told, now)
-                _begin_with_care(sql, told, rules, send, now)
+                floor = _begin_with_care(sql, told, rules, send, now, _used(state_dir))
                 sql.execute("COMMIT")
                 if faults := faults_of(sql):
                     raise JournalError(f"the recovered journal does not agree with itself: {faults[0]}")
                 sql.execute("PRAGMA journal_mode = WAL")
+        # Before the new journal is in its place: its numbers are given to nobody again, whatever becomes of it.
+        (state_dir / LAST).write_text(f"{floor:020d}\n", encoding="ascii")
         fail_point("salvage.made")
-        told.aside = _set_aside(state_dir, now)
+        told.aside = _set_aside(state_dir, now, interrupted=interrupted)
         fail_point("salvage.set_aside")
         new.rename(state_dir / JOURNAL)
         fail_point("salvage.placed")
@@ -114,12 +122,24 @@ def salvage(state_dir: Path, rules: Sequence[Rule], send: Collection[str], now: 
         lock.release()
 
 
-def _source(state_dir: Path) -> Path | None:
+def _source(state_dir: Path, *, interrupted: bool) -> Path | None:
     """Return the journal to read: the one in place, else the one that an interrupted recovery set aside."""
     if (state_dir / JOURNAL).exists():
         return state_dir / JOURNAL
-    aside = sorted(path / JOURNAL for path in state_dir.glob(f"{ASIDE}*") if (path / JOURNAL).exists())
-    return aside[-1] if aside else None
+    aside = _asides(state_dir) if interrupted else []
+    return aside[-1] / JOURNAL if aside else None
+
+
+def _asides(state_dir: Path) -> list[Path]:
+    """Return the directories of journals that were set aside, the newest last."""
+    found = [path for path in state_dir.glob(f"{ASIDE}*") if (path / JOURNAL).exists()]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def _used(state_dir: Path) -> int:
+    """Return the highest number of a batch that anything here remembers."""
+    made = [int(found[1]) for path in state_dir.glob("actions/*/*") if (found := _ATTEMPT.match(path.name))]
+    return max([last_batch(state_dir), *made])
 
 
 class _Copied:
@@ -133,26 +153,45 @@ class _Copied:
         shutil.rmtree(self._directory, ignore_errors=True)
         if self._source is None:
             return None
-        self._directory.mkdir()
-        shutil.copyfile(self._source, self._directory / JOURNAL)
-        for directory in (self._source.parent, self._directory.parent):  # an interrupted recovery may have moved one
-            if (directory / f"{JOURNAL}-wal").exists():
-                shutil.copyfile(directory / f"{JOURNAL}-wal", self._directory / f"{JOURNAL}-wal")
-                break
+        try:
+            self._directory.mkdir()
+            shutil.copyfile(self._source, self._directory / JOURNAL)
+            for directory in (self._source.parent, self._directory.parent):  # an interrupted call may have moved one
+                if (directory / f"{JOURNAL}-wal").exists():
+                    shutil.copyfile(directory / f"{JOURNAL}-wal", self._directory / f"{JOURNAL}-wal")
+                    break
+        except OSError:
+            self.__exit__()
+            raise
         return self._directory / JOURNAL
 
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _problems(copy: Path | None) -> list[str]:
+def _problems(copy: Path | None, state_dir: Path) -> list[str]:
     if copy is None:
         return []
     try:
         with closing(sqlite3.connect(copy, isolation_level=None)) as sql:
-            return faults_of(sql) or [*_lacking(sql)]
-    except sqlite3.Error as error:
+            return faults_of(sql) or [*_lacking(sql)] or [*_lost(sql, state_dir)]
+    except (sqlite3.Error, ValueError, TypeError) as error:
         return [str(error)]
+
+
+def _lost(sql: sqlite3.Connection, state_dir: Path) -> Iterator[str]:
+    """Yield that batches are missing which were committed: its -wal was damaged or taken away."""
+    floor = sql.execute("SELECT value FROM kept WHERE key = 'batch_floor'").fetchone()
+    known = max(sql.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()[0], _number(floor))
+    if (last := last_batch(state_dir)) > known:
+        yield f"batches up to {last} were made, and it ends at {known}"
+
+
+def _number(row: tuple[Any, ...] | None) -> int:
+    try:
+        return int(from_json(row[0])) if row else 0
+    except (ValueError, TypeError):
+        return 0
 
 
 def _lacking(sql: sqlite3.Connection) -> Iterator[str]:
@@ -208,6 +247,7 @@ def _make_consistent(sql: sqlite3.Connection, told: Salvaged, now: float) -> Non
     """Let what hangs together stand: claims as manifests say, no run without its batch; open runs are held."""
     _name_rules(sql)
     sql.execute("DELETE FROM dir WHERE root NOT IN (SELECT id FROM root)")
+    _drop_unreadable(sql)
     _claim_by_manifests(sql)
     sql.execute("DELETE FROM claim WHERE dir NOT IN (SELECT id FROM dir)")
     sql.execute("DELETE FROM claim WHERE rule >= ? AND batch NOT IN (SELECT id FROM batch)", (RIDER,))
@@ -249,6 +289,25 @@ def _make_consistent(sql: sqlite3.Connection, told: Salvaged, now: float) -> Non
     )
 
 
+def _drop_unreadable(sql: sqlite3.Connection) -> None:
+    """Let go of texts that are no JSON any more: their run is given up, their setting forgotten."""
+    for table, key, column, change in (
+        ("kept", "key", "value", "DELETE FROM kept WHERE key = ?"),
+        ("batch", "id", "request", "UPDATE batch SET request = NULL WHERE id = ?"),
+        ("batch", "id", "captures", "UPDATE batch SET captures = '{}', request = NULL WHERE id = ?"),
+        ("run", "id", "output", "UPDATE run SET output = NULL WHERE id = ?"),
+        ("attempt", "run", "prepared", "DELETE FROM attempt WHERE run = ?"),
+        ("attempt", "run", "handle", "UPDATE attempt SET handle = NULL WHERE run = ?"),
+    ):
+        for which, text in sql.execute(f"SELECT {key}, {column} FROM {table} WHERE {column} IS NOT NULL").fetchall():
+            try:
+                from_json(from_text(text))
+            except (ValueError, TypeError):
+                sql.execute(change, (which,))
+    known = ", ".join(f"'{state}'" for state in RunState)
+    sql.execute(f"UPDATE run SET state = 'PENDING', final = 0 WHERE state NOT IN ({known})")
+
+
 def _name_rules(sql: sqlite3.Connection) -> None:
     """Find the names of rules whose rows are lost in what their batches were to do."""
     lost = sql.execute("SELECT DISTINCT rule FROM batch WHERE rule NOT IN (SELECT id FROM rule)").fetchall()
@@ -282,22 +341,27 @@ def _claim_by_manifests(sql: sqlite3.Connection) -> None:
             sql.execute("INSERT OR IGNORE INTO dir (root, path) VALUES (?, ?)", (member.root, to_name(member.dir)))
             sql.execute(
                 "INSERT OR IGNORE INTO claim (dir, name, rule, size, mtime_ns, batch)"
-                " SELECT id, ?, ?, ?, ?, ? FROM dir WHERE root = ? AND path = ?",
+                " SELECT id, ?1, ?2, ?3, ?4, ?5 FROM dir WHERE root = ?6 AND path = ?7 AND NOT EXISTS (SELECT 1 FROM"
+                " claim WHERE dir = dir.id AND name = ?1 AND rule = ?8 AND size = ?3 AND mtime_ns = ?4 AND batch = ?5)",
                 (
                     to_name(member.name), RIDER + rule if member.role else rule, member.size,
-                    to_number(member.mtime_ns), batch, member.root, to_name(member.dir),
+                    to_number(member.mtime_ns), batch, member.root, to_name(member.dir), RELEASED + rule,
                 ),
             )  # fmt: skip
     sql.execute("DELETE FROM dir WHERE root NOT IN (SELECT id FROM root)")
 
 
 def _begin_with_care(
-    sql: sqlite3.Connection, told: Salvaged, rules: Sequence[Rule], send: Collection[str], now: float
-) -> None:
-    """Pause, give no number of a lost batch again, and say what becomes of files that no claim knows."""
+    sql: sqlite3.Connection, told: Salvaged, rules: Sequence[Rule], send: Collection[str], now: float, used: int
+) -> int:
+    """Pause, give no number again, and say what becomes of files that no claim knows.
+
+    Return the number that new batches are above.
+    """
     (newest,) = sql.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()
     floor = sql.execute("SELECT value FROM kept WHERE key = 'batch_floor'").fetchone()
-    _keep(sql, "batch_floor", max(newest, from_json(floor[0]) if floor else 0) + BATCHES_LOST_MAX)
+    above: int = max(newest, used, _number(floor)) + BATCHES_LOST_MAX
+    _keep(sql, "batch_floor", above)
     words = f"paused: the journal was recovered at {_day(now)}"
     _keep(sql, "paused", words)
     sql.execute("UPDATE alarm SET cleared_time = ? WHERE key = 'paused' AND cleared_time IS NULL", (now,))
@@ -307,6 +371,8 @@ def _begin_with_care(
     )
     sql.execute("DELETE FROM baseline")
     sql.execute("DELETE FROM kept WHERE key LIKE 'existing:%'")
+    # For rules that come back later, too: whatever rule first meets a root, what was there before now is not known.
+    _keep(sql, "unknown_before", f"{UNKNOWN}{now}")
     for rule in rules:
         sql.execute("INSERT OR IGNORE INTO rule (name) VALUES (?)", (rule.name,))
         sql.execute("INSERT OR IGNORE INTO root (path) VALUES (?)", (to_name(rule.watch),))
@@ -322,7 +388,8 @@ def _begin_with_care(
         "SELECT max(time) FROM (SELECT max(closed_time) AS time FROM batch UNION SELECT max(time) FROM transition"
         " WHERE time < ? UNION SELECT max(time) FROM program)", (now,)
     ).fetchone()[0]
-    told.missing = _gaps(sql, from_json(floor[0]) if floor else 0)
+    told.missing = _gaps(sql, _number(floor))
+    return above
 
 
 def _gaps(sql: sqlite3.Connection, floor: int) -> list[tuple[int, int]]:
@@ -338,16 +405,24 @@ def _keep(sql: sqlite3.Connection, key: str, value: Any) -> None:
     sql.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (to_text(key), to_json(value)))
 
 
-def _set_aside(state_dir: Path, now: float) -> str:
-    """Move the damaged files into a directory of their own; one that a former call began is used again."""
+def _set_aside(state_dir: Path, now: float, *, interrupted: bool) -> str:
+    """Move the damaged files into a directory of their own; one that an interrupted call began is used again."""
     parts = [state_dir / f"{JOURNAL}{suffix}" for suffix in ("", "-wal", "-shm")]
-    begun = sorted(path for path in state_dir.glob(f"{ASIDE}*") if (path / JOURNAL).exists())
+    begun = _asides(state_dir) if interrupted and not parts[0].exists() else []
     if not any(part.exists() for part in parts):
         return str(begun[-1]) if begun else ""
-    aside = begun[-1] if begun and not parts[0].exists() else state_dir / f"{ASIDE}{_day(now).replace(':', '')}"
-    aside.mkdir(exist_ok=True)
+    aside = begun[-1] if begun else None
+    for again in range(1_000):
+        if aside is not None:
+            break
+        made = state_dir / f"{ASIDE}{_day(now).replace(':', '')}{f'-{again}' if again else ''}"
+        with suppress(FileExistsError):
+            made.mkdir()
+            aside = made
+    if aside is None:
+        raise JournalError(f"there are too many {ASIDE}* in {state_dir}", hint="move them elsewhere")
     for part in parts:
-        if part.exists():
+        if part.exists() and not (aside / part.name).exists():
             part.rename(aside / part.name)
             fail_point("salvage.moved")
     sync_directory(aside)

@@ -151,6 +151,13 @@ def _lines(path: Path | None) -> Iterator[Mapping[str, Any]]:
             continue  # its writer was killed in the middle
 
 
+def _ended(executions: Path | None) -> Iterator[Mapping[str, Any]]:
+    """Yield the executions that came to their end."""
+    lines = list(_lines(executions))
+    ends = {line["execution"] for line in lines if "exit" in line}
+    yield from (line for line in lines if "files" in line and line["execution"] in ends)
+
+
 def digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -175,6 +182,11 @@ def _missed(
 ) -> Iterator[Violation]:
     """Every file that stands, whole, is in a batch of the rule, and that batch has come to its end."""
     taken = {(path, version): batch for batch in mine for path, version, _ in batch.members}
+    executed = {
+        (path, Version(size, mtime_ns))
+        for line in _ended(scene.executions) if line["rule"] == promise.rule
+        for path, size, mtime_ns in line["files"]
+    }  # fmt: skip
     for path, steps in history.items():
         last = steps[-1]
         if last.version is None or last.sha256 is None or not promise.takes(path):
@@ -184,6 +196,8 @@ def _missed(
             yield Violation("missed", f"{promise.rule}: {path} {last.version} is in no batch")
         elif batch.state not in ("VERIFIED", "SUCCEEDED") and not scene.may_be_held(batch):
             yield Violation("missed", f"{promise.rule}: {path} is in run {batch.run}: {batch.state}, {batch.because}")
+        elif promise.to is None and batch.state in ("VERIFIED", "SUCCEEDED") and (path, last.version) not in executed:
+            yield Violation("missed", f"{promise.rule}: run {batch.run} is {batch.state}, and no program had {path}")
 
 
 def _early(

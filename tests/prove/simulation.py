@@ -354,7 +354,7 @@ class Provider:
 
     def action(self, name: str) -> type:
         """Return the class of an action, as the registry does."""
-        return type("Action", (SimAction,), {"provider": self, "PREPARES": name == "prepare"})
+        return type("Action", (SimAction,), {"provider": self, "PREPARES": name == "prepare", "LEAVES_OUT": True})
 
     # ------------------------------------------------------------------ calls
 
@@ -839,10 +839,8 @@ class Eye:
         wants = []
         for number in ids:
             mine = [(batch, (size, mtime_ns)) for by, size, mtime_ns, batch in claims if by == number]
-            left = [(b, (size, mtime_ns)) for by, size, mtime_ns, b in claims if by == number + model.RELEASED]
             if state is None or all(version != state[:2] for _, version in mine):
-                others = [batch for batch, version in mine + left if batch > 0 and (not state or version != state[:2])]
-                wants.append((number, max(others, default=0)))
+                wants.append((number, max([batch for batch, _ in mine if batch > 0], default=0)))
         return tuple(wants)
 
     # ----------------------------------------------------------------- sweeps

@@ -222,6 +222,7 @@ class Outcome:
     violations: list[str] = field(default_factory=list)
     seconds: float = 0.0
     calls: list[tuple[str, str]] = field(default_factory=list)
+    torn: bool = False  # the cut damaged the file system itself: what became of our files says nothing
 
 
 class _Brisk(Stage):
@@ -240,8 +241,7 @@ class Cycle:
         self.base, self.disk, self.nursery, self.how = base, disk, nursery, how
         self.mutant = mutant or Mutant()
         if disk is not None:
-            disk.again()  # whatever became of it
-            disk.empty()
+            disk.renew()  # whatever became of it
         self.stage = _Brisk(base, disk=None if disk is None else disk.path)
         if disk is not None:
             disk.sync()
@@ -300,6 +300,8 @@ class Cycle:
             outcome.violations.append(" ... ".join(filter(None, parts)))
         finally:
             self.close()
+        if outcome.violations and self.disk is not None and self.disk.errors():
+            outcome.violations, outcome.torn = [], True
         if self._hit is not None:
             outcome.call = f"call {self._hit.number}, {self._hit.name} {self._hit.path}"
         if self._hit_again is not None:
@@ -645,6 +647,7 @@ class Tally:
     calls: int = 0
     planned: int = 0
     passed: int = 0
+    torn: int = 0
     left: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     table: dict[str, Counter[str]] = field(default_factory=dict)
@@ -657,6 +660,9 @@ class Tally:
             return
         if "left" in record:
             self.left.update(record["left"])
+            return
+        if record.get("torn"):
+            self.torn += 1
             return
         self.cycles += 1
         self.reached += bool(record["call"])
@@ -684,6 +690,7 @@ class Tally:
             f"{what}: calls in one run": self.calls,
             f"{what}: places planned": self.planned,
             f"{what}: writes amid equal ones, passed over": self.passed,
+            f"{what}: damaged the file system itself, not judged": self.torn,
             f"{what}: seconds each": round(self.seconds / max(self.cycles, 1), 2),
         }
 

@@ -125,6 +125,7 @@ class Action(Protocol):
     OPTIONS: Options
     VERIFIES: bool  # `proof: required` is possible
     PREPARES: bool  # prepare() asks somebody; otherwise it is not called and prepared is None
+    LEAVES_OUT: bool  # what it tells as `changed` it has not taken; otherwise it may have worked on it
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise OptionFault for options that are valid one by one but not together. Touches nothing."""

@@ -163,6 +163,7 @@ class Action:
     }
     VERIFIES = True  # where the rule sets `verify`, see verifies()
     PREPARES = False
+    LEAVES_OUT = False  # a program that ended has had it, even if it has moved it away itself
     EXTRA_NAMES = ("manifest",)  # in templates: filled in here, at the start; until then they stay as they are
 
     def __init__(self, context: Context) -> None:

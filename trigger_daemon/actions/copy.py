@@ -60,6 +60,7 @@ class Action:
     }  # fmt: skip
     VERIFIES = True
     PREPARES = False
+    LEAVES_OUT = True
 
     def __init__(self, context: Context) -> None:
         self._context = context

@@ -129,6 +129,7 @@ class Providers(Protocol):
     """What the core must know of actions, without touching one."""
 
     def prepares(self, action: str) -> bool: ...
+    def leaves_out(self, action: str) -> bool: ...
     def templates(self, action: str) -> frozenset[str]: ...
     def extra_names(self, action: str) -> tuple[str, ...]: ...
     def destination(self, action: str, options: Mapping[str, Any]) -> str: ...
@@ -166,6 +167,7 @@ class Engine:
             marks=self.marks,
             runs_max=runs_max,
             prepares=providers.prepares,
+            leaves_out=providers.leaves_out,
             on_outdated=self._outdate,
         )
         self._outdated: set[tuple[int, str, str]] = set()  # files to be looked at anew, known to no settling
@@ -181,7 +183,8 @@ class Engine:
         self._by_root: dict[int, list[Settling]] = {}
         self._baselines: set[tuple[int, int]] = set()
         self._baseline_asks: dict[tuple[int, int], tuple[int, str]] = {}  # -> ask, what becomes of what is there
-        self._unknown: dict[int, int] = {}  # rule -> files left out because a recovered journal does not know them
+        self._unknown: set[int] = set()  # rules of which files are left out that a recovered journal does not know
+        self._unknown_before = ""  # in a recovered journal: what becomes of files that were there before it
         self._existing: dict[str, str] = {}  # what `rules apply` decided, until its baseline is taken
         self._siblings: dict[int, Siblings] = {}  # rule -> what its checks measured of the last files
         self._ask = 0
@@ -258,6 +261,7 @@ class Engine:
         if paused := saved.kept.get("paused"):
             self.runs.paused_all = str(paused)
         self.runs.paused_rules = set(saved.kept.get("paused_rules") or ())
+        self._unknown_before = str(saved.kept.get("unknown_before") or "")
         self._existing = {key: str(value) for key, value in saved.kept.items() if key.startswith("existing:") and value}
         for key, kept in saved.kept.items():
             if key.startswith(SIBLINGS):
@@ -311,13 +315,14 @@ class Engine:
         if fact.cause == "sweep":
             self._balance_sweeps()
 
-    def _outdate(self, rule: int, run: int, paths: Sequence[str]) -> None:
+    def _outdate(self, rule: int, run: int, paths: Sequence[str], *, release: bool) -> None:
         """Let go of files that a run met in another version, or not at all, and look at them: no event may tell."""
         assembly = self.assemblies.get(rule)
         if assembly is None:
             return
-        self._out.append(Released(rule, assembly.root, run, tuple(paths)))
-        for path in paths:
+        if release:
+            self._out.append(Released(rule, assembly.root, run, tuple(paths)))
+        for path in paths if release else ():
             member = assembly.settling.get(path)
             if member is not None and member.stage == "batched" and member.batch == run:
                 assembly.settling.drop(member)
@@ -352,7 +357,9 @@ class Engine:
         old = [(name, *state[:2]) for name, state, _ in rows if state is not None and state[2] < before_utc * 1e9]
         if old and fact.cause == "sweep":
             self._out.append(Claimed(settling.key, fact.root, fact.dir, old, CLAIM_UNKNOWN, self._utc(fact.ended)))
-            self._unknown[abs(settling.key)] = self._unknown.get(abs(settling.key), 0) + len(old)
+            if abs(settling.key) not in self._unknown:
+                self._unknown.add(abs(settling.key))
+                self._tell_unknown(settling, fact.ended)
         names = {name for name, *_ in old}
         return [row for row in rows if row[0] not in names]
 
@@ -415,18 +422,17 @@ class Engine:
                 self._out.append(BaselineSet(rule, root, self._utc(fact.ended)))
                 if self._existing.pop(f"existing:{rule}:{root}", None):
                     self._out.append(Kept(f"existing:{rule}:{root}", None))
-                self._tell_unknown(rule, fact.ended)
+                self._unknown.discard(rule)
         for assembly in self.assemblies.values():
             if assembly.root == fact.root:
                 assembly.swept(fact.asked, fact.ended)
 
-    def _tell_unknown(self, rule: int, at: float) -> None:
-        files, assembly = self._unknown.pop(rule, 0), self.assemblies.get(rule)
-        if files and assembly is not None:
-            rule_ = assembly.rule
-            what = f"{counted(files, 'file')} in {rule_.watch}: the recovered journal does not know if they were sent"
-            hint = "`explain PATH` names each; `files resend PATH` sends one; `alarms ack` when it is settled"
-            self.alarms.raised(f"recovered:{rule_.name}", f"rule {rule_.name} leaves out {what}", hint, at)
+    def _tell_unknown(self, settling: Settling, at: float) -> None:
+        """In one commit with the first of them, so that a crash in between does not make it a silent matter."""
+        rule = settling.rule
+        what = f"rule {rule.name} leaves files in {rule.watch} out: the recovered journal does not know them"
+        hint = "`explain PATH` names each; `files resend PATH` sends one; `alarms ack` when it is settled"
+        self.alarms.raised(f"recovered:{rule.name}", what, hint, at)
 
     def _sweep_again(self, fact: Swept) -> None:
         """A failed sweep answers nothing: what waits for it is asked for again, in a while."""
@@ -690,6 +696,8 @@ class Engine:
                         self._out.append(Kept(f"existing:{rule.id}:{root}", existing))
                     if fact.applied == "same":
                         self._out.append(ClaimsCarried(rule.id, known[was.watch], root))
+                if existing == "process" and self._unknown_before:
+                    existing = self._unknown_before
                 existing = self._existing.get(f"existing:{rule.id}:{root}", existing)
                 self._baseline_asks[(rule.id, root)] = (self._next_ask(), existing)
         served = {(rule.id, self.roots[rule.watch]) for rule in rules}

@@ -554,7 +554,7 @@ class Ordered:
 class Released:
     """Record: a run left these files out: gone, or another version. Should one come back as it was, it is wanted.
 
-    The claim stays for the history, and as the earlier version of what comes.
+    The claim stays for the history. What was left out as its rewrite (`on_rewrite: ignore`) is wanted, too.
     """
 
     rule: int

@@ -133,7 +133,8 @@ class Runs:
         marks: dict[tuple[int, str, str], tuple[int, float]],
         runs_max: int,
         prepares: Callable[[str], bool],
-        on_outdated: Callable[[int, int, Sequence[str]], None],
+        on_outdated: Callable[..., None],
+        leaves_out: Callable[[str], bool],
     ) -> None:
         self.timers = timers
         self.out = out
@@ -144,6 +145,7 @@ class Runs:
         self.runs_max = runs_max
         self.prepares = prepares
         self._on_outdated = on_outdated
+        self._leaves_out = leaves_out
         self.open: dict[int, Run] = {}
         self.rules: dict[str, Rule] = {}
         self.paused_all = ""
@@ -543,13 +545,12 @@ class Runs:
     def _progress(self, run: Run, fact: Polled) -> None:
         if fact.status == "inactive" and run.state == RunState.ACTIVE:
             self._move(run, Event.PAUSED, fact.why, fact.at, error=fact.why, hint=fact.hint)
-            self._stands_still(run, True)
             self.alarms.raised(
                 f"inactive:{run.id}", f"run {run.id} of {run.rule} is paused: {fact.why}", fact.hint, fact.at
             )
         elif fact.status == "active" and run.state == RunState.INACTIVE:
             self._move(run, Event.RESUMED, fact.why or "goes on", fact.at, error="", hint="")
-            self._stands_still(run, False)
+        self._stands_still(run, fact.status == "inactive")
         if fact.status == "active" and self.alarms.open:
             self.alarms.clear(f"inactive:{run.id}", fact.at)
         if run.state in (RunState.ACTIVE, RunState.INACTIVE):
@@ -703,7 +704,8 @@ class Runs:
     def _met_newer(self, run: Run, paths: Sequence[str]) -> None:
         """The provider met newer versions of these files: that is as good as a hint."""
         if paths:
-            self._on_outdated(run.rule_id, run.id, paths)
+            release = self._leaves_out(str(run.request["action"]))
+            self._on_outdated(run.rule_id, run.id, paths, release=release)
 
     def mismatch(self, fact: Mismatch) -> None:
         run = self._verifying(fact.run, fact.attempt)
