@@ -336,7 +336,9 @@ class Cycle:
         outcome.violations += self._judge(excused, idle=True)
         os.kill(daemon.pid, signal.SIGTERM)
         self.site.until(lambda: daemon.status is not None, STOP_S, "the daemon stops")
-        if daemon.status and not daemon.fired.is_set():  # else the second hit met it while it stopped
+        if daemon.fired.is_set():  # the second hit met it while it stopped
+            self._fall(daemon)
+        elif daemon.status:
             outcome.violations.append(f"stop: the daemon ended with {daemon.status}: {self.site.tail()[-500:]}")
         outcome.violations += self._journal_check()
 
