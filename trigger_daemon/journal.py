@@ -9,6 +9,7 @@ delays a commit.
 from __future__ import annotations
 
 import errno
+import io
 import operator
 import os
 import sqlite3
@@ -134,7 +135,7 @@ class Journal:
         try:
             self._connect()
         except BaseException:
-            os.close(self._last)
+            self._last.close()
             raise
 
     @classmethod
@@ -178,7 +179,7 @@ class Journal:
             if not self._closed:
                 self._fold()
                 self._disconnect()
-                os.close(self._last)
+                self._last.close()
                 self._closed = True
         self._daemon_lock.release()
 
@@ -224,7 +225,7 @@ class Journal:
             if newest:
                 # Unsynced, as it need only outlive this process: it tells a -wal that was cut or taken away.
                 with suppress(OSError):
-                    os.pwrite(self._last, b"%020d\n" % newest, 0)
+                    os.pwrite(self._last.fileno(), b"%020d\n" % newest, 0)
 
     def rule_ids(self, names: Iterable[str]) -> dict[str, int]:
         """Return the number each rule name has for ever, giving new ones out."""
@@ -617,16 +618,17 @@ def _open_for_writing(path: Path) -> tuple[sqlite3.Connection, int]:
     return connection, int(version)
 
 
-def _open_last(state_dir: Path) -> int:
+def _open_last(state_dir: Path) -> io.FileIO:
+    path = state_dir / LAST
     try:
-        fd = os.open(state_dir / LAST, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
-        if os.fstat(fd).st_size == 0:
-            os.fchmod(fd, FILE_MODE)
-            os.pwrite(fd, b"%020d\n" % 0, 0)
-        return fd
+        file = io.FileIO(path, "r+" if path.exists() else "x+")
+        if os.fstat(file.fileno()).st_size == 0:
+            os.fchmod(file.fileno(), FILE_MODE)
+            os.pwrite(file.fileno(), b"%020d\n" % 0, 0)
+        return file
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (JournalFull if full else JournalIo)(f"cannot open {state_dir / LAST}: {error.strerror}") from error
+        raise (JournalFull if full else JournalIo)(f"cannot open {path}: {error.strerror}") from error
 
 
 def _refuse_loss(connection: sqlite3.Connection, path: Path) -> None:

@@ -567,7 +567,7 @@ class Runs:
         proof = self._proof_required(run)
         final = not proof
         because = fact.why or "the provider says success"
-        self._met_newer(run, fact.changed)
+        self._met_newer(run, fact.changed, ends=final)
         if fact.changed and not proof:
             because += f"; {len(fact.changed)} of {run.files} had changed and were left out"
         self._move(run, Event.SUCCEEDED, because, fact.at, final=final, output=fact.output, error="", hint="")
@@ -690,7 +690,7 @@ class Runs:
         run = self._verifying(fact.run, fact.attempt)
         if run is None:
             return
-        self._met_newer(run, fact.changed)
+        self._met_newer(run, fact.changed, ends=True)
         left_out = len(fact.changed)
         if fact.changed and not fact.members:
             self._end(run, Event.SUPERSEDED, f"all {left_out} files have a newer version or are gone", fact.at)
@@ -701,10 +701,13 @@ class Runs:
             because += f"; {left_out} left out: a newer version or gone"
         self._end(run, Event.PROVED, because, fact.at)
 
-    def _met_newer(self, run: Run, paths: Sequence[str]) -> None:
-        """The provider met newer versions of these files: that is as good as a hint."""
+    def _met_newer(self, run: Run, paths: Sequence[str], *, ends: bool) -> None:
+        """The provider met newer versions of these files: that is as good as a hint.
+
+        They are let go of when the run ends: until then what comes in their place has to wait for it.
+        """
         if paths:
-            release = self._leaves_out(str(run.request["action"]))
+            release = ends and self._leaves_out(str(run.request["action"]))
             self._on_outdated(run.rule_id, run.id, paths, release=release)
 
     def mismatch(self, fact: Mismatch) -> None:
@@ -713,7 +716,7 @@ class Runs:
             return
         first = next(iter(fact.which.items()), ("", ""))
         why = f"{counted(len(fact.which), 'file')} not equal at the destination, the first: {first[0]}: {first[1]}"
-        self._met_newer(run, fact.changed)
+        self._met_newer(run, fact.changed, ends=len(fact.changed) >= run.files)
         if len(fact.changed) >= run.files:
             self._end(run, Event.SUPERSEDED, "all files have a newer version or are gone", fact.at)
             return
