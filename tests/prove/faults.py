@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -399,6 +400,18 @@ def fill(directory: Path) -> Path:
     return path
 
 
+def until_journal_full(case: Case, directory: Path) -> None:
+    """Take every byte, also the ballast's, and give the daemon something to commit until it says that it cannot."""
+    number = itertools.count()
+
+    def refused() -> bool:
+        fill(directory)
+        case.stage.writer.whole(f"c/full{next(number)}.tif", content("full", 400))
+        return case.logged("journal.full") > 0
+
+    case.until(refused, "journal.full in the log")
+
+
 def fill_names(directory: Path) -> Path:
     """Leave no inode on a file system; may be called again."""
     path = directory / ".filler"
@@ -442,7 +455,8 @@ def journal_full(case: Case) -> None:
     filler = fill(stage.site.state)
     started = len(stage.site.ask("SELECT 1 FROM attempt"))
     stage.meanwhile()
-    case.until(lambda: bool(fill(stage.site.state)) and case.logged("journal.full") > 0, "journal.full in the log")
+
+    until_journal_full(case, stage.site.state)
     case.until(lambda: "health ok" not in case.look(), "status tells that something is wrong", 30)
     told_s = time.monotonic() - case.at
     case.observe()
@@ -476,7 +490,7 @@ def both_full(case: Case) -> None:
     stage.meanwhile()
     filler = fill(case.disk)
     stage.writer.whole("c/6.tif", content("6", 400_000))
-    case.until(lambda: bool(fill(case.disk)) and case.logged("journal.full") > 0, "journal.full in the log")
+    until_journal_full(case, case.disk)
     time.sleep(2)
     stage.writer.whole("c/7.tif", content("7", 4_000))
     case.observe()
