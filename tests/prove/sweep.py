@@ -332,7 +332,7 @@ class Cycle:
                 outcome.violations += self._judge(excused, idle=False)
         if not alive:
             daemon = self.start(None)
-        self._until(daemon, self._is_idle, DONE_S, "all is done")
+        self._until(daemon, lambda: self._is_heard_of(daemon) and self._is_idle(), DONE_S, "all is done")
         outcome.violations += self._judge(excused, idle=True)
         os.kill(daemon.pid, signal.SIGTERM)
         self.site.until(lambda: daemon.status is not None, STOP_S, "the daemon stops")
@@ -345,6 +345,11 @@ class Cycle:
     def _is_idle(self) -> bool:
         """Say whether all is done, asked twice: a run may begin between the questions that make one answer."""
         return self.stage.is_idle() and self.stage.is_idle()
+
+    def _is_heard_of(self, daemon: Tracer) -> bool:
+        """Say whether this life is at work: what former ones did says nothing of it, and it takes no signal yet."""
+        beat = self.site.heartbeat()
+        return beat is not None and beat["daemon"]["pid"] == daemon.pid
 
     def _until(self, daemon: Tracer, predicate: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Wait until something holds, as long as the daemon lives, or was meant to be hit."""
