@@ -1,4 +1,4 @@
-# make demo | test | lint | prove | prove-quick | bench | bench-quick | clean
+# make demo | demo-globus | test | lint | install | deb | prove | prove-quick | bench | bench-quick | bench-beside | bench-globus | bench-throttle | bench-ways-out | clean
 #
 # Needs Python >= 3.11 with venv, make and git; everything else goes into .venv.
 # Tests and benchmarks run on the built wheel, never on this folder: what is
@@ -8,8 +8,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DIST   := build/dist
 SHELL  := /bin/sh
-# Workers for the tests that bear company; `make test JOBS=0` runs them in one process.
-JOBS   ?= 2
+# Workers for the tests that bear company: more than cores, since they wait a lot. `make test JOBS=0`: in one process.
+JOBS   ?= 4
 PYTEST := PYTHONSAFEPATH=1 TEST_INSTALLED=1 $(BIN)/pytest
 
 # The folder comes last on the path: the daemon is the installed one.
@@ -18,11 +18,15 @@ PROVE  := $(BIN)/python -P -c 'import runpy, sys; sys.path.append("."); runpy.ru
 # Directories are listed too: their time moves when a file is removed.
 SOURCES := $(shell find trigger_daemon -name __pycache__ -prune -o -print 2>/dev/null)
 
-.PHONY: demo test test-only lint prove prove-quick bench bench-quick clean
+.PHONY: demo demo-globus test test-only lint install deb prove prove-quick bench bench-quick bench-beside bench-globus bench-throttle bench-ways-out clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/trigger-daemon demo
+
+# The pipelines of docs/tutorials, with the installed daemon and an emulated Globus: no account, no network.
+demo-globus: $(VENV)/.installed $(VENV)/.dev
+	@$(BIN)/python -P -c 'import runpy, sys; sys.path.append("."); runpy.run_module("tests.globus.pipelines", None, "__main__", True)'
 
 test: lint test-only
 
@@ -30,7 +34,32 @@ test: lint test-only
 # 5 says that no test is marked serial.
 test-only: $(VENV)/.installed $(VENV)/.dev
 	$(PYTEST) -m serial -p no:xdist -q || [ $$? -eq 5 ]
-	$(PYTEST) -m 'not serial' -n $(JOBS)
+	$(PYTEST) -m 'not serial' -n $(JOBS) --dist loadgroup
+
+# Where it lies at the end, what the service runs, and for a package below which directory it is put meanwhile.
+PREFIX  ?= /usr/local
+DESTDIR ?=
+SYSTEM_PYTHON ?= /usr/bin/python3
+VERSION  = $(shell $(BIN)/python -c 'import re; print(re.search(r"__version__ = .([^\"]+)", open("trigger_daemon/__init__.py").read())[1])')
+# systemd-python (journald) is compiled: gcc, pkg-config, python3-dev, libsystemd-dev.
+EXTRAS  ?= globus,eiger,journald
+INSTALL := $(BIN)/python packaging/install.py
+
+install: $(VENV)/.wheel
+	$(INSTALL) --destdir "$(DESTDIR)" --prefix "$(PREFIX)" --python "$(SYSTEM_PYTHON)" --extras "$(EXTRAS)" \
+	    --version $(VERSION) --wheel $(DIST)/*.whl
+
+# The Debian package, for the release and Python of this machine: build/trigger-daemon_VERSION_ARCH.deb
+PACKAGED := $(shell find packaging rules docs -type f 2>/dev/null) README.md CHANGELOG.md LICENSE
+deb: build/.deb
+
+build/.deb: $(VENV)/.wheel $(PACKAGED)
+	$(BIN)/python -m pip install -q --group package
+	rm -rf build/deb build/trigger-daemon_*.deb
+	$(INSTALL) --destdir build/deb --prefix /usr --python /usr/bin/python3 --extras "$(EXTRAS)" \
+	    --version $(VERSION) --wheel $(DIST)/*.whl
+	$(BIN)/python packaging/deb/build.py --root build/deb --version $(VERSION) --target build
+	touch $@
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -45,11 +74,28 @@ prove: $(VENV)/.installed $(VENV)/.dev
 prove-quick: $(VENV)/.installed $(VENV)/.dev
 	$(PROVE) --quick
 
-bench: $(VENV)/.installed $(VENV)/.dev
-	$(BIN)/python benchmarks/quick.py --full
+# Every target beside others and the raw limit: table, picture and figures in build/bench. `make bench PUBLISH=--publish`
+# puts them into the documents. What is not installed (watchman, rclone) is left out, and named.
+bench: $(VENV)/.installed $(VENV)/.dev $(VENV)/.bench
+	$(BIN)/python benchmarks/targets.py $(PUBLISH)
 
-bench-quick: $(VENV)/.installed $(VENV)/.dev
-	$(BIN)/python benchmarks/quick.py
+bench-quick: $(VENV)/.installed $(VENV)/.dev $(VENV)/.bench
+	$(BIN)/python benchmarks/targets.py --quick
+
+# What the daemon costs an instrument that writes to the same disk: up to 20 GB of it, for some twenty minutes.
+bench-beside: $(VENV)/.installed $(VENV)/.dev
+	$(BIN)/python benchmarks/beside.py
+
+bench-globus: $(VENV)/.installed $(VENV)/.dev
+	$(BIN)/python benchmarks/globus.py
+
+# The second even if the first finds a broken promise. Both need a real disk below the temporary directory.
+bench-throttle: $(VENV)/.installed $(VENV)/.dev
+	@$(BIN)/python benchmarks/throttle.py; rates=$$?; $(BIN)/python benchmarks/throttle.py --pause && exit $$rates
+
+# Our rsync and rclone beside the bare ones, locally and to servers on loopback: some eight minutes.
+bench-ways-out: $(VENV)/.installed $(VENV)/.dev
+	$(BIN)/python benchmarks/ways_out.py
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
@@ -72,6 +118,10 @@ $(VENV)/.made:
 # --group came with pip 25.1, which the step above has put there.
 $(VENV)/.dev: $(VENV)/.made pyproject.toml
 	$(BIN)/python -m pip install -q --group dev
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.made pyproject.toml
+	$(BIN)/python -m pip install -q --group bench
 	touch $@
 
 $(VENV)/.wheel: $(VENV)/.made pyproject.toml README.md LICENSE $(SOURCES)

@@ -27,7 +27,7 @@ import mrcfile  # type: ignore[import-untyped]
 import numpy
 import tifffile
 
-from quick import EMPTY, place, say
+from measure import EMPTY, place, say
 from trigger_daemon import registry, simulator, simulator_hdf5
 from trigger_daemon.probe import Companions, Probe, run_checks
 

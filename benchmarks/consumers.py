@@ -1,4 +1,4 @@
-"""Those who watch: nobody, inotifywait, watchman, and the daemon, all asked the same questions."""
+"""Those who watch: nobody, a bare reader, inotifywait, watchman, watchdog, the daemon; all are asked the same."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import os
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from measure import NotMeasured
 from processes import cpu_s, rss_bytes
 
 HERE = Path(__file__).resolve().parent
-
-
-class NotMeasured(Exception):
-    """This consumer could not be measured; the message goes into the table."""
+START_S = 120.0  # a million files are swept meanwhile
 
 
 def wait(predicate: Any, timeout_s: float, what: str) -> None:
@@ -89,6 +88,32 @@ class Consumer:
         return child
 
 
+class Reader(Consumer):
+    """reader.c: counts events and nothing else; the raw limit."""
+
+    name = "C reader"
+    patience_s = 1.0
+
+    def __init__(self, work: Path, program: Path) -> None:
+        super().__init__(work)
+        self.program = program
+
+    def start(self, root: Path) -> None:
+        self.told = self.work / "reader.told"
+        self._spawn([str(self.program), str(root), str(self.told)], stdin=subprocess.DEVNULL)
+        wait(lambda: self.told.exists() and self._told(0), 20, "the reader's watches")
+
+    def _told(self, which: int) -> int:
+        data = self.told.read_bytes()
+        return int(struct.unpack("3q", data)[which]) if len(data) == 24 else 0
+
+    def progress(self) -> int:
+        return self._told(1)
+
+    def seen(self) -> int:
+        return self._told(1)
+
+
 class Inotifywait(Consumer):
     """`inotifywait -m -r`: prints one line an event, decides nothing, keeps nothing."""
 
@@ -156,6 +181,26 @@ class Watchman(Consumer):
         return len(names)
 
 
+class Watchdog(Consumer):
+    """watching.py: the script that everybody writes first, with watchdog's default settings."""
+
+    name = "watchdog"
+    patience_s = 4.0
+
+    def start(self, root: Path) -> None:
+        self.output = self.work / "watchdog.out"
+        command = [sys.executable, str(HERE / "watching.py"), str(root), str(self.output)]
+        self._spawn(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait(self.output.exists, 20, "watchdog's watches")
+
+    def progress(self) -> int:
+        return -1 - self.output.stat().st_size
+
+    def seen(self) -> int:
+        with self.output.open("rb") as lines:
+            return len(set(lines))
+
+
 class Daemon(Consumer):
     """The daemon, spoken to through its command line and read through its journal.
 
@@ -170,10 +215,14 @@ class Daemon(Consumer):
         self.state = state
         self.rule = rule
         self.settings = settings or {}
-        self.command = str(Path(sys.executable).with_name("trigger-daemon"))
         self._journal: sqlite3.Connection | None = None
 
     def start(self, root: Path) -> None:
+        self.launch(root)
+        wait(self._ready, START_S, f"the daemon's first sweep; its log ends: {self._last_words()}")
+
+    def launch(self, root: Path) -> None:
+        """Write rules and settings, and start it; it is not waited for."""
         rules = self.work / "rules"
         rules.mkdir()
         rule = {"name": "bench", "watch": str(root), "match": ["**/*.tif"], "existing": "process", **self.rule}
@@ -183,13 +232,13 @@ class Daemon(Consumer):
         settings = {"state_dir": str(self.state), "rules_dir": str(rules), "events": "inotify", **self.settings}
         config.write_text(json.dumps(settings))
         self.log = self.work / "daemon.log"
-        environment = {**os.environ, "PYTHONPATH": str(HERE / "provider")}
+        paths = [str(HERE / "provider"), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self.log.open("wb") as log:
             self._spawn(
-                [self.command, "serve", "--config", str(config)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-            )
-        wait(self._ready, 30, f"the daemon's first sweep; its log ends: {self._last_words()}")
+                [sys.executable, "-P", "-m", "trigger_daemon", "serve", "--config", str(config)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            )  # fmt: skip
 
     def _ready(self) -> bool:
         if self.children[0].poll() is not None:
@@ -217,6 +266,15 @@ class Daemon(Consumer):
 
     def seen(self) -> int:
         return int(self.ask("SELECT count(*) FROM (SELECT DISTINCT dir, name FROM claim WHERE batch > 0)")[0][0])
+
+    def heartbeat(self) -> dict[str, Any]:
+        """Return what the daemon says of itself."""
+        connection = sqlite3.connect(f"file:{self.state / 'control.db'}?mode=ro", uri=True, timeout=5)
+        try:
+            answer: dict[str, Any] = json.loads(connection.execute("SELECT snapshot FROM heartbeat").fetchone()[0])
+            return answer
+        finally:
+            connection.close()
 
     def stop(self) -> None:
         if self._journal is not None:

@@ -1,14 +1,14 @@
 """Sweep a tree with the daemon's scanner, in a process of its own: `sweeping.py ROOT STATE_DIR`.
 
 Prints JSON: seconds of the first sweep (nothing is known), of a second one
-(every file is claimed), files seen by each, and memory.
+(every file is claimed), of one by the directories' times, of one after one file
+in a hundred was changed; CPU of each, and how many files it told of.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -16,13 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trigger_daemon import garbage
 from trigger_daemon.clock import SystemClock
 from trigger_daemon.core.model import CLAIM_BASELINE, Claimed, Seen, Sweep, Swept
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.hints.none import Source
 from trigger_daemon.journal import ClaimReader, Journal
 from trigger_daemon.scanner import Scanner
+from trigger_daemon.sweeps import TICK_S
 
+CHANGED_EVERY = 100
 NEVER_S = 1e6  # the scanner's own sweeps must not come in between
 
 
@@ -40,6 +43,7 @@ class Identities:
 
 
 def main(root: str, state_dir: str) -> None:
+    garbage.seldom()  # as the daemon does
     journal = Journal.open(Path(state_dir))
     rule_id = journal.rule_ids(["bench"])["bench"]
     root_id = journal.root_id(root)
@@ -64,32 +68,42 @@ def main(root: str, state_dir: str) -> None:
     )
     scanner.use([rule], {root: root_id})
 
-    def sweep(ask: int) -> tuple[float, int]:
+    figures: dict[str, float] = {}
+
+    def sweep(ask: int, name: str = "", *, full: bool = True) -> None:
         seen.clear()
-        scanner.sweep(Sweep(root_id, True, ask))
+        cpu_before_s = time.process_time()
+        scanner.sweep(Sweep(root_id, full, ask))
         with swept:
             if not swept.wait_for(lambda: max(answers, default=0) >= ask, timeout=600):
                 sys.exit(f"sweep {ask} was not answered")
             answer = answers[max(answers)]
-        return answer.ended - answer.watermark, sum(len(fact.rows) for fact in seen)
+        figures[f"{name}_s"] = answer.ended - answer.watermark
+        figures[f"{name}_cpu_s"] = time.process_time() - cpu_before_s
+        figures[name] = sum(len(fact.rows) for fact in seen)
 
     # A root is swept once on being opened; that one warms the cache and is not counted.
     sweep(1)
-    first_s, first_files = sweep(2)
+    sweep(2, "first")
+    changed = [os.path.join(root, fact.dir, name) for fact in seen for name, _, _ in fact.rows][::CHANGED_EVERY]
     records = [
         Claimed(rule_id, root_id, fact.dir, [(name, state[0], state[1]) for name, state, _ in fact.rows if state],
                 CLAIM_BASELINE, time.time())
         for fact in seen
-    ]
+    ]  # fmt: skip
     for start in range(0, len(records), 100):
         journal.append(records[start : start + 100])
-    again_s, again_files = sweep(3)
+    sweep(3, "joined")
+    sweep(4, "again")
+    time.sleep(TICK_S)  # a directory whose time has just moved is listed once more
+    sweep(5, full=False)
+    sweep(6, "names", full=False)
+    for path in changed:
+        os.utime(path)
+    sweep(7, "changed")
     scanner.stop()
     journal.close()
-    print(json.dumps({
-        "first_s": first_s, "first_files": first_files, "again_s": again_s, "again_files": again_files,
-        "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }))
+    print(json.dumps({**figures, "expected": len(changed)}))
 
 
 if __name__ == "__main__":

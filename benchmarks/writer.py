@@ -14,7 +14,23 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
+from measure import NotMeasured
+
 HERE = Path(__file__).resolve().parent
+
+
+def compiler() -> str | None:
+    return shutil.which("cc") or shutil.which("gcc")
+
+
+def compiled(name: str, build: Path) -> Path:
+    """Compile NAME.c of this directory, once; raises NotMeasured where there is no compiler."""
+    program = build / name
+    if not program.exists():
+        if not (command := compiler()):
+            raise NotMeasured("there is no C compiler")
+        subprocess.run([command, "-O2", "-o", str(program), str(HERE / f"{name}.c")], check=True)
+    return program
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +47,8 @@ class Writer:
 
     def __init__(self, build: Path) -> None:
         self.directories = 100
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler:
-            program = build / "writer"
-            subprocess.run([compiler, "-O2", "-o", str(program), str(HERE / "writer.c")], check=True)
-            self.command, self.kind = [str(program)], "C"
+        if compiler():
+            self.command, self.kind = [str(compiled("writer", build))], "C"
         else:
             self.command, self.kind = [sys.executable, str(HERE / "writer.py")], "Python"
 

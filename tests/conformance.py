@@ -10,15 +10,22 @@ test's own life began, knowing nothing but the bench's directory.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import pickle
+import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from broker import Broker, Listener, running
+from far import rclone_on_the_path
+from globus.emulator import Emulator, named
+from rest import Service
 from trigger_daemon import actions, registry
 from trigger_daemon.actions import Context, File, Progress, Request
 
@@ -30,6 +37,15 @@ class Bench:
     """One action over one directory: `source/`, `dest/`, `state/`."""
 
     name = ""
+    ODD: bytes = b"s1/\xff\n.mrc"  # a name that is as odd as it takes
+    REFUSED: bytes | None = None  # one that it does not take; None: it takes every name of a file system
+    READS_AGAIN = True  # verify looks at the destination; otherwise it asks the provider what was delivered
+
+    @classmethod
+    @contextlib.contextmanager
+    def around(cls, base: Path) -> Iterator[None]:
+        """What has to run while benches of this directory are in use."""
+        yield
 
     def __init__(self, base: Path, *, slow: bool = False) -> None:
         self.base = base
@@ -45,17 +61,27 @@ class Bench:
         """The options that the laws are run with, over the defaults."""
         raise NotImplementedError
 
+    def settings(self) -> Mapping[str, Any]:
+        """The daemon's settings, as far as the action reads them."""
+        return {}
+
     def executions(self) -> int | None:
         """How often the work was begun; None where that leaves no trace."""
         return None
 
+    def lie(self) -> bool:
+        """Let the provider claim success for one file that it leaves out; false where nobody claims anything."""
+        return False
+
     def delivered(self) -> dict[str, bytes]:
         """Everything that lies at the destination, hidden things too: path and content."""
-        return {
-            os.fsdecode(os.path.relpath(os.path.join(where, name), os.fsencode(self.dest))):
-                Path(os.fsdecode(os.path.join(where, name))).read_bytes()
-            for where, _, names in os.walk(os.fsencode(self.dest)) for name in names
-        }  # fmt: skip
+        found = {}
+        for where, _, names in os.walk(os.fsencode(self.dest)):
+            for name in names:
+                path = Path(os.fsdecode(os.path.join(where, name)))
+                with contextlib.suppress(FileNotFoundError):  # what is temporary may be on its way out
+                    found[str(path.relative_to(self.dest))] = path.read_bytes()
+        return found
 
     def spoil(self, path: str, how: str) -> None:
         """Do to a delivered file what somebody else might: `overwritten` in one byte, `truncated`, `removed`."""
@@ -88,7 +114,7 @@ class Bench:
         """A new one, as after a start of the daemon."""
         context = Context(
             state_dir=str(self.state), nudge=lambda *what: self.nudges.append(what),
-            bandwidth=lambda: SLOW_BYTES_PER_S if self.slow else None,
+            bandwidth=lambda: SLOW_BYTES_PER_S if self.slow else None, settings=self.settings(),
         )  # fmt: skip
         made: actions.Action = registry.find_action(self.name)(context)
         return made
@@ -181,12 +207,284 @@ class CopyBench(Bench):
         return {"to": (str(self.dest),)}
 
 
-BENCHES: Mapping[str, type[Bench]] = {bench.name: bench for bench in (CommandBench, CopyBench)}
+class RsyncBench(Bench):
+    """A local directory; the far ones are in test_rsync.py."""
+
+    name = "rsync"
+
+    def options(self) -> Mapping[str, Any]:
+        return {"to": str(self.dest)}
+
+    def is_temporary(self, path: str) -> bool:
+        return any(part.startswith(".") for part in Path(path).parts)
+
+
+class RcloneBench(Bench):
+    """A remote of the type `local`; others are in test_rclone.py."""
+
+    name = "rclone"
+    ODD = "s1/é\u0301 #;'\".mrc".encode()
+    REFUSED = b"s1/\n.mrc"
+
+    @classmethod
+    @contextlib.contextmanager
+    def around(cls, base: Path) -> Iterator[None]:
+        with rclone_on_the_path():
+            yield
+
+    def options(self) -> Mapping[str, Any]:
+        config = self.base / "rclone.conf"
+        if not config.exists():
+            config.write_text("[there]\ntype = local\n")
+            config.chmod(0o600)
+        return {"to": f"there:{self.dest}", "config": str(config)}
+
+    def is_temporary(self, path: str) -> bool:
+        return path.endswith(".partial")
+
+
+CLIENT, SECRET = named("trigger-daemon"), "not-a-secret"
+SOURCE, DEST, FLOW = named("Source"), named("Dest"), named("Deliver")
+
+# A flow that delivers the items of its input. It leaves out what is not there, as its own authors decide.
+DELIVER_FLOW = {
+    "StartAt": "Deliver",
+    "States": {
+        "Deliver": {
+            "Type": "Action", "ActionUrl": "https://transfer.actions.globus.org/transfer", "ResultPath": "$.delivered",
+            "Parameters": {
+                "source_endpoint": SOURCE, "destination_endpoint": DEST, "DATA.$": "$.items",
+                "skip_source_errors": True,
+            },
+            "End": True,
+        },
+    },
+}  # fmt: skip
+
+
+class GlobusBench(Bench):
+    """The emulated service shows `source` and `dest` as collections. A slow one is fast again in another life."""
+
+    ODD = b"s1/\n.mrc"
+    REFUSED = b"\xff.mrc"
+
+    @classmethod
+    @contextlib.contextmanager
+    def around(cls, base: Path) -> Iterator[None]:
+        """The service, and the environment that leads there, which other processes inherit."""
+        with Emulator(base / "globus") as globus:
+            globus.client(CLIENT, SECRET)
+            globus.collection(SOURCE, base / "source")
+            globus.collection(DEST, base / "dest")
+            globus.flow(DELIVER_FLOW, id=FLOW)
+            globus.settings(run_listed_after_s=0.3)  # a run that is under way cannot be seen at once
+            before = dict(os.environ)
+            os.environ.update(globus.environment())
+            try:
+                yield
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
+
+    def __init__(self, base: Path, *, slow: bool = False) -> None:
+        super().__init__(base, slow=slow)
+        self.globus = Emulator(base / "globus")  # to give orders with: the process is of `around`
+        self.globus.url = os.environ.get("GLOBUS_SDK_SERVICE_URL_AUTH", "").rstrip("/")
+        if self.globus.url:  # what an action declares is asked for without a service
+            self.globus.speed(bytes_per_s=SLOW_BYTES_PER_S if slow else 0)
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "globus": {
+                "client_id": CLIENT, "client_secret": SECRET, "collections": {SOURCE: {str(self.source): "/"}},
+                "poll_s": 0.02, "listed_after_s": 1.0,
+            }
+        }  # fmt: skip
+
+
+class GlobusTransferBench(GlobusBench):
+    """The service compares checksums while it delivers; nobody can read the destination again."""
+
+    name = "globus_transfer"
+    READS_AGAIN = False
+
+    def options(self) -> Mapping[str, Any]:
+        return {"from": SOURCE, "to": DEST, "stuck_after": 1.0}
+
+    def executions(self) -> int | None:
+        return len(self.globus.tasks())
+
+    def lie(self) -> bool:
+        self.globus.mood(DEST, lies=1)
+        return True
+
+
+class GlobusFlowBench(GlobusBench):
+    """A flow of one transfer."""
+
+    name = "globus_flow"
+
+    def options(self) -> Mapping[str, Any]:
+        return {"flow": FLOW, "from": SOURCE, "input": {"items": "{items}"}, "label": "conformance"}
+
+    def executions(self) -> int | None:
+        return len(self.globus.runs())
+
+
+CLUSTER, DELIVER_FUNCTION, NOTHING = named("Cluster"), named("deliver"), named("nothing")
+
+
+class GlobusComputeBench(GlobusBench):
+    """A function that copies, executed by the service. A slow one waits for its endpoint, until another life begins.
+
+    An earlier batch has been there: without one there is no task group to look for tasks in.
+    """
+
+    name = "globus_compute"
+    ODD = Bench.ODD
+    REFUSED = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def around(cls, base: Path) -> Iterator[None]:
+        with super().around(base):
+            bench = cls(base)
+            bench.globus.settings(task_listed_after_s=0.3)
+            bench.globus.function(function_id=DELIVER_FUNCTION, callable="tests.globus.functions:deliver")
+            bench.globus.function(function_id=NOTHING)
+            action, request = bench.action(), bench.request((), run=1_000)
+            request = dataclasses.replace(request, options={**request.options, "function": NOTHING})
+            poll_to_end(action, request, action.start(request, action.prepare(request)))
+            action.close()
+            yield
+
+    def __init__(self, base: Path, *, slow: bool = False) -> None:
+        super().__init__(base, slow=slow)
+        if self.globus.url:
+            self.globus.endpoint(CLUSTER, online=not slow)
+
+    def options(self) -> Mapping[str, Any]:
+        about = {"source": str(self.source), "dest": str(self.dest), "trace": str(self.base / "executions")}
+        return {"endpoint": CLUSTER, "function": DELIVER_FUNCTION, "kwargs": {"files": "{manifest}", **about}}
+
+    def executions(self) -> int | None:
+        trace = self.base / "executions"
+        return len(trace.read_text()) if trace.exists() else 0
+
+
+class MqttBench(Bench):
+    """A message names the files; what they hold is taken to be delivered. A slow broker hangs until another life."""
+
+    name = "mqtt"
+    TOPIC = "facility/conformance/c1"
+    _running: ClassVar[dict[Path, tuple[Broker, Listener]]] = {}  # not in the other processes
+
+    @classmethod
+    @contextlib.contextmanager
+    def around(cls, base: Path) -> Iterator[None]:
+        """The broker, with who hears everything, and what other processes need to find it."""
+        with running(base / "broker", topics=[f"write {cls.TOPIC}"]) as broker:
+            assert broker.process is not None
+            (base / "found").write_text(json.dumps({"pid": broker.process.pid, "mqtt": broker.settings()}))
+            listener = Listener(broker, "#")
+            cls._running[base] = broker, listener
+            try:
+                yield
+            finally:
+                broker.go()
+                listener.close()
+                del cls._running[base]
+
+    def __init__(self, base: Path, *, slow: bool = False) -> None:
+        super().__init__(base, slow=slow)
+        if (base / "found").exists():  # what an action declares is asked for without a broker
+            os.kill(json.loads((base / "found").read_text())["pid"], signal.SIGSTOP if slow else signal.SIGCONT)
+
+    def settings(self) -> Mapping[str, Any]:
+        found = self.base / "found"
+        return {"mqtt": json.loads(found.read_text())["mqtt"]} if found.exists() else {}
+
+    def options(self) -> Mapping[str, Any]:
+        return {"topic": self.TOPIC, "files": True}
+
+    def messages(self) -> dict[str, dict[str, Any]]:
+        """What came until now, by its id."""
+        broker, listener = self._running[self.base]
+        broker.go()
+        fence = os.urandom(8).hex()
+        listener.say("fence", {"fence": fence})
+        listener.until("fence", lambda payload: payload["fence"] == fence)
+        return {payload["id"]: payload for payload in listener.of("c1")}
+
+    def executions(self) -> int | None:
+        return len(self.messages())  # told twice it is one: whoever hears it skips what he has had
+
+    def delivered(self) -> dict[str, bytes]:
+        members = [member for message in self.messages().values() for member in message["members"]]
+        return {member["path"]: Path(member["root"], member["path"]).read_bytes() for member in members}
+
+
+class HttpBench(Bench):
+    """A service that delivers what its manifest says. A slow one waits until another life begins."""
+
+    name = "http"
+    ODD = b"s1/\n.mrc"
+    REFUSED = b"\xff.mrc"
+
+    @classmethod
+    @contextlib.contextmanager
+    def around(cls, base: Path) -> Iterator[None]:
+        """The service; its address lies in the directory."""
+        with Service(base / "service") as service:
+            (base / "url").write_text(service.url)
+            yield
+
+    def __init__(self, base: Path, *, slow: bool = False) -> None:
+        super().__init__(base, slow=slow)
+        if not slow:
+            (base / "go").touch()
+
+    def options(self) -> Mapping[str, Any]:
+        address = self.base / "url"  # what an action declares is asked for without a service
+        url = address.read_text() if address.exists() else "http://127.0.0.1:9"
+        return {
+            "url": f"{url}/runs", "json": {"to": str(self.dest), "files": "{manifest}"}, "handle": "id",
+            "find": {"url": f"{url}/runs?key={{key}}", "handle": "[0].id", "listed_after": "300ms"},
+            "poll": {
+                "url": f"{url}/runs/{{handle}}", "every": "100ms", "active": "state == 'RUNNING'",
+                "succeeded": "state == 'COMPLETED'", "failed": "state == 'FAILED'", "cancelled": "state == 'CANCELLED'",
+            },
+            "cancel": {"url": f"{url}/runs/{{handle}}", "method": "DELETE"},
+        }  # fmt: skip
+
+    def executions(self) -> int | None:
+        return len(list((self.base / "service" / "runs").glob("*.json")))
+
+
+BENCHES: Mapping[str, type[Bench]] = {
+    bench.name: bench
+    for bench in (
+        CommandBench, CopyBench, RsyncBench, RcloneBench, GlobusTransferBench, GlobusFlowBench, GlobusComputeBench,
+        HttpBench, MqttBench,
+    )
+}
 
 
 def through_json(value: Any) -> Any:
     """What the journal gives back of a handle."""
     return json.loads(json.dumps(value))
+
+
+def insist(ask: Callable[[], Any]) -> Any:
+    """Ask, as the executor does, until the provider can tell."""
+    patience = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except actions.Unknown:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.05)
 
 
 def poll_to_end(action: actions.Action, request: Request, handle: Any) -> Progress:

@@ -14,9 +14,10 @@ import threading
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_LOOKUP, _FORGET, _GETATTR, _STATFS, _INIT, _OPENDIR, _READDIR, _RELEASEDIR, _BATCH_FORGET = (
-    1, 2, 3, 17, 26, 27, 28, 29, 42,
+_LOOKUP, _FORGET, _GETATTR, _READLINK, _STATFS, _INIT, _OPENDIR, _READDIR, _RELEASEDIR, _INTERRUPT, _BATCH_FORGET = (
+    1, 2, 3, 5, 17, 26, 27, 28, 29, 36, 42,
 )  # fmt: skip
+_UNANSWERED = (_FORGET, _INTERRUPT, _BATCH_FORGET)
 _LAZY = 2
 
 
@@ -25,6 +26,7 @@ class Share:
 
     def __init__(self, point: Path, files: dict[str, int]) -> None:
         self.files = files
+        self.links: dict[str, str] = {}  # name -> where it leads
         self.mood: str | int = "answer"
         self.held: list[bytes] = []  # requests left without an answer
         self._point = os.fsencode(point)
@@ -45,6 +47,7 @@ class Share:
     def close(self) -> None:
         self.release()
         _LIBC.umount2(self._point, _LAZY)
+        self._thread.join(2.0)  # it ends with the mount; its descriptor's number must not be another file's meanwhile
         os.close(self._device)
 
     def _run(self) -> None:
@@ -56,14 +59,14 @@ class Share:
                     continue
                 return
             opcode = struct.unpack_from("<II", request)[1]
-            if self.mood == "hang" and opcode not in (_FORGET, _BATCH_FORGET, _INIT):
+            if self.mood == "hang" and opcode not in (*_UNANSWERED, _INIT):
                 self.held.append(request)
             else:
                 self._answer(request)
 
     def _answer(self, request: bytes) -> None:
         _, opcode, unique, node = struct.unpack_from("<IIQQ", request)
-        if opcode in (_FORGET, _BATCH_FORGET):
+        if opcode in _UNANSWERED:
             return
         code, body = self._reply(opcode, node, request[40:])
         try:
@@ -72,7 +75,7 @@ class Share:
             pass  # who asked was killed
 
     def _reply(self, opcode: int, node: int, body: bytes) -> tuple[int, bytes]:
-        names = sorted(self.files)
+        names = [*sorted(self.files), *self.links]
         if opcode == _INIT:
             return 0, struct.pack("<IIIIHHIIHHII24x", 7, 31, 1 << 16, 0, 8, 6, 1 << 16, 1, 16, 0, 0, 0)
         if isinstance(self.mood, int) and (opcode == _LOOKUP or node != 1):
@@ -81,10 +84,12 @@ class Share:
             return 0, struct.pack("<QII", 0, 0, 0) + self._attributes(node)
         if opcode == _LOOKUP:
             name = os.fsdecode(body.rstrip(b"\0"))
-            if name not in self.files:
+            if name not in names:
                 return errno.ENOENT, b""
             node = 2 + names.index(name)
             return 0, struct.pack("<QQQQII", node, 0, 0, 0, 0, 0) + self._attributes(node)
+        if opcode == _READLINK:
+            return 0, self.links[names[node - 2]].encode()
         if opcode == _OPENDIR:
             return 0, struct.pack("<QII", 0, 0, 0)
         if opcode == _READDIR:
@@ -100,6 +105,9 @@ class Share:
 
     def _attributes(self, node: int) -> bytes:
         directory = node == 1
-        size = 0 if directory else self.files[sorted(self.files)[node - 2]]
+        names = [*sorted(self.files), *self.links]
+        size = 0 if directory else self.files.get(names[node - 2], 0)
         mode, links = (0o40755, 2) if directory else (0o100644, 1)
+        if not directory and names[node - 2] in self.links:
+            mode = 0o120777
         return struct.pack("<QQQQQQIIIIIIIIII", node, size, 0, 1, 1, 1, 0, 0, 0, mode, links, 0, 0, 0, 4096, 0)

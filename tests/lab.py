@@ -7,7 +7,7 @@ with its instant), so that its oracle judges batches without asking the engine.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from trigger_daemon.core.engine import Engine
 from trigger_daemon.core.model import RECORDS, RunState, split
 from trigger_daemon.core.rules import Batch, Complete, Rule
 from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark
+from trigger_daemon.core.storage import Condition, Limits
 
 ROOT = 1
 UTC = 1_800_000_000.0
@@ -41,17 +42,26 @@ class FakeProviders:
     def prepares(self, action: str) -> bool:
         return self._prepares
 
+    def at_once(self, action: str) -> int | None:
+        return None
+
     def leaves_out(self, action: str) -> bool:
         return True
+
+    def refuses(self, action: str, options: Mapping[str, Any], root: str, path: str) -> str:
+        return "the fake takes no such name" if path.endswith(".untaken") else ""
 
     def templates(self, action: str) -> frozenset[str]:
         return frozenset({"to"})
 
-    def extra_names(self, action: str) -> tuple[str, ...]:
+    def extra_names(self, action: str, options: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
 
     def destination(self, action: str, options: Mapping[str, Any]) -> str:
         return str(options["to"])
+
+    def writes(self, action: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return (str(options["to"]),)
 
 
 @dataclass
@@ -60,6 +70,7 @@ class Ledger:
 
     claims: dict[tuple[int, str], dict[tuple[int, int], int]] = field(default_factory=dict)
     batches: dict[int, model.BatchClosed] = field(default_factory=dict)
+    last_batch: int = 0
     states: dict[int, RunState] = field(default_factory=dict)
     final: set[int] = field(default_factory=set)
     attempts: dict[int, SavedAttempt] = field(default_factory=dict)
@@ -73,6 +84,7 @@ class Ledger:
             case model.BatchClosed():
                 assert record.batch not in self.batches
                 self.batches[record.batch] = record
+                self.last_batch = max(self.last_batch, record.batch)
                 self.states[record.batch] = RunState.PENDING
                 for member in record.members:
                     if member.role:
@@ -91,6 +103,9 @@ class Ledger:
                 for name, size, mtime in record.rows:
                     path = model.join(record.dir, name)
                     self.claims.setdefault((record.rule, path), {}).setdefault((size, mtime), record.code)
+            case model.Renewed():
+                request, destination = record.request, record.destination
+                self.batches[record.run] = replace(self.batches[record.run], request=request, destination=destination)
             case model.RunMoved():
                 assert self.states[record.run] == record.from_state
                 self.states[record.run] = record.to_state
@@ -101,7 +116,8 @@ class Ledger:
             case model.AttemptChanged():
                 old = self.attempts[record.run]
                 self.attempts[record.run] = replace(
-                    old, handle=record.handle or old.handle, ended_time=record.ended_time or old.ended_time
+                    old, handle=record.handle or old.handle, ended_time=record.ended_time or old.ended_time,
+                    outcome=record.outcome or old.outcome,
                 )
             case model.GroupSet():
                 self.marks[(record.rule, record.group, record.kind)] = (record.batch, record.time)
@@ -153,7 +169,7 @@ class Ledger:
                 old.runs + 1, old.files + len(self.batches[n].members), old.bytes + self.batches[n].bytes
             )
         return Saved(
-            last_batch=max(self.batches, default=0),
+            last_batch=self.last_batch,
             runs=tuple(runs),
             kept=self.kept,
             baselines=self.baselines,
@@ -169,8 +185,9 @@ class Lab:
     """One engine in its laboratory. `auto`: the provider takes, finishes and proves at once."""
 
     def __init__(
-        self, *rules: Rule, auto: bool = True, companion_roots: Mapping[str, int] | None = None, prepares: bool = False
-    ) -> None:
+        self, *rules: Rule, auto: bool = True, companion_roots: Mapping[str, int] | None = None, prepares: bool = False,
+        limits: Sequence[Limits] = (), conditions: Sequence[Condition] = (),
+    ) -> None:  # fmt: skip
         self.rules = rules
         self.names: dict[int, str] = {}  # of every rule there ever was
         self.prepares = prepares
@@ -181,6 +198,7 @@ class Lab:
         self.sweeps_fail = False
         self.sweeps_wait = False
         self.marks_lost = False
+        self.look_back: Callable[[model.LookBack], Any] | None = None  # in place of what the ledger knows
         self.roots = {"/data": ROOT, **(companion_roots or {})}
         self.auto = auto
         self.at = 1_000.0
@@ -191,6 +209,7 @@ class Lab:
         self.verdicts: dict[str, tuple[model.Verdict, str]] = {}
         self.asked: list[model.Effect] = []  # what the provider was asked, after its commit
         self.closed: list[tuple[float, model.BatchClosed]] = []
+        self.limits, self.conditions = limits, conditions
         self.away = False
         self.look_takes_s = 0.0
         self.slowest_look_s = 0.0
@@ -201,10 +220,20 @@ class Lab:
     # ----------------------------------------------------------------- engine
 
     def _start(self) -> None:
-        self.engine = Engine(host="lab", providers=FakeProviders(self.prepares), rand=lambda: 0.0)
+        self.engine = Engine(
+            host="lab", providers=FakeProviders(self.prepares), rand=lambda: 0.0, limits=self.limits,
+            conditions=self.conditions,
+        )  # fmt: skip
         self.names.update({r.id: r.name for r in self.rules})
-        self.engine.restore(self.ledger.saved(self.names), self.at, self.utc + self.at)
+        self.engine.restore(self.saved(), self.at, self.utc + self.at)
         self.offer(*self.rules)
+
+    def saved(self) -> Saved:
+        """Return what the engine is restored from."""
+        return self.ledger.saved(self.names)
+
+    def commit(self, records: list[model.Effect]) -> None:
+        """Write the records of a step elsewhere, too."""
 
     def offer(self, *rules: Rule, applied: str = "") -> None:
         self.names.update({r.id: r.name for r in rules})
@@ -217,6 +246,7 @@ class Lab:
 
     def step(self, fact: model.Fact) -> list[model.Effect]:
         effects = self.engine.step(fact)
+        self.commit([effect for effect in effects if isinstance(effect, RECORDS)])
         for effect in effects:
             if isinstance(effect, RECORDS):
                 self.ledger.write(effect)
@@ -240,10 +270,12 @@ class Lab:
                 self._last_sweep = max(self._last_sweep, effect.ask)
                 if not self.away and not self.sweeps_wait:
                     self.sweep(not self.sweeps_fail)
+            case model.LookBack():
+                (self.look_back or self._look_back)(effect)
             case model.Mark() if self.marks_lost:
                 pass
             case model.Mark():
-                self.step(model.Marked(effect.root, max(self.ledger.batches, default=0), self.at))
+                self.step(model.Marked(effect.root, self.ledger.last_batch, self.at))
             case model.Check() if self.checks_wait is not None:
                 self.checks_wait.append(effect)
             case model.Check():
@@ -253,6 +285,15 @@ class Lab:
                 self.asked.append(effect)
                 if self.auto:
                     self._provide(effect)
+
+    def _look_back(self, effect: model.LookBack) -> None:
+        """Answer as the journal does."""
+        well = (RunState.VERIFIED, RunState.SUCCEEDED)
+        runs = [
+            (number, batch.request["captures"]) for number, batch in sorted(self.ledger.batches.items(), reverse=True)
+            if batch.rule == effect.rule and number in self.ledger.final and self.ledger.states[number] in well
+        ]  # fmt: skip
+        self.step(model.LookedBack(effect.ask, effect.rule, runs, 0, self.at))
 
     def _provide(self, effect: model.Effect) -> None:
         match effect:
@@ -333,7 +374,7 @@ class Lab:
         began = self.at
         self.at += self.look_takes_s
         self.slowest_look_s = max(self.slowest_look_s, self.look_takes_s)
-        as_of = max(self.ledger.batches, default=0) if joined else -1
+        as_of = self.ledger.last_batch if joined else -1
         self.step(model.Seen(root, directory, rows, began, self.at, cause, signal, as_of))
 
     def sweep(self, ok: bool = True, *, asked: int | None = None) -> None:
@@ -349,7 +390,7 @@ class Lab:
             wants = self._wants(root, path, joined=True)
             if wants:
                 by_dir.setdefault((root, directory), []).append((name, state, wants))
-        as_of = max(self.ledger.batches, default=0)
+        as_of = self.ledger.last_batch
         for (root, directory), rows in by_dir.items():
             self.step(model.Seen(root, directory, rows, began, self.at, "sweep", "none", as_of))
         self.step(model.Swept(ROOT, True, began, self.at, ok, len(self.disk), asked))

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from tests.site import Site
-from trigger_daemon.cli import place, status, text
+from trigger_daemon.cli import glance, place, text
 from trigger_daemon.cli.reference import reference
 from trigger_daemon.config import load_settings
 from trigger_daemon.errors import ConfigError
@@ -36,7 +36,6 @@ ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another
 
 NEWLINE = b"two\nlines.tif"
 ESCAPE = b"red\x1b[31m.tif"
-STATES = ("HELD", "INACTIVE", "PENDING")
 LATIN = b"caf\xe9.tif"  # no UTF-8
 NAMES = (b"plain.tif", NEWLINE, ESCAPE, LATIN)
 
@@ -232,6 +231,27 @@ def test_explain_below_no_root_says_so(live):
     assert live.json("explain", "/etc/hostname")["rules"] == []
 
 
+def test_explain_of_a_directory_says_what_to_ask_instead(live):
+    """Rules deal with files: one of a directory, or the root itself, is told how to find them."""
+    for path in (live.data / "monday", live.data):
+        done = live.cli("explain", str(path))
+        assert "hint: name a file in it" in done.stderr
+        assert "files list" in done.stderr
+        assert "no rule watches" not in done.stdout
+        assert "files list" in live.json("explain", str(path))["hint"]
+
+    assert "hint" not in live.json("explain", path_of(live, "monday", "plain.tif"))
+
+
+def test_runs_show_without_a_number_says_how_to_find_one(live):
+    """Wrong use, but of somebody who does not know the number."""
+    done = live.cli("runs", "show", check=False)
+
+    assert done.returncode == 2
+    assert "which run? Give its number" in done.stderr
+    assert "hint: `trigger-daemon runs list`" in done.stderr
+
+
 def test_explain_takes_a_path_relative_to_where_one_stands(live):
     """Relative paths are those of the working directory; nothing is resolved, so a link above stays a link."""
     link = live.base / "link"
@@ -292,7 +312,7 @@ def test_a_rule_is_shown_with_every_default(live):
     again.mkdir(exist_ok=True)
     body = "\n".join("    " + line for line in shown.splitlines())
     (again / "r.yaml").write_text(f"rules:\n  -\n{body}\n")
-    assert live.json("rules", "check", str(again)) == {"ok": True, "files": 1, "rules": 1, "faults": []}
+    assert live.json("rules", "check", str(again)) == {"ok": True, "files": 1, "rules": 1, "faults": [], "notes": []}
 
 
 def test_the_schema_is_printed(live):
@@ -379,8 +399,8 @@ def test_status_ends_with_0_when_all_is_well(base):
 
 @pytest.mark.parametrize(
     "words",
-    ["frob", "runs frob", "runs list --frob", "runs list --state FROB", "runs retry", "runs show x", "explain", "rules",
-     "runs retry 1 --rule a", "batches close a novalue", "-F yaml status"],
+    ["frob", "runs frob", "runs list --frob", "runs list --state FROB", "runs retry", "runs show", "runs show x",
+     "explain", "rules", "runs retry 1 --rule a", "batches close a novalue", "-F yaml status"],
 )  # fmt: skip
 def test_wrong_use_ends_with_2(live, words):
     """Usage errors are told on stderr, with how to go on; stdout stays empty."""
@@ -623,7 +643,8 @@ def test_status_with_the_daemon_down_tells_what_the_journal_knows(down):
 def test_questions_are_answered_with_the_daemon_down(down):
     """runs, alarms, rules, batches that were closed, and explain."""
     assert down.cli("runs", "list").returncode == 0
-    assert down.cli("alarms", "list").returncode == 0
+    alarms = down.cli("alarms", "list")
+    assert alarms.returncode == 0 and "the daemon does not run" in alarms.stderr, "`no alarms` sounds well"
     assert down.cli("rules", "list").returncode == 0
     assert down.cli("batches", "list", "--closed").returncode == 0
     assert down.cli("rules", "show", "archive").returncode == 0
@@ -824,41 +845,56 @@ def test_tables_fit_eighty_columns(live):
 
 
 def test_a_narrow_table_breaks_neither_rules_nor_states():
-    """Rules are cut with an ellipsis, states are whole, what is waited for has two lines; nothing is wider than 80."""
+    """Rules are cut with an ellipsis, states are whole, group and what it waits for have two lines; at most 80 wide."""
     waits = f"destination {'/a-long-way' * 6}: {'/a-long-way' * 6} is not there"
-    shown = text.table(("run", "right"), ("state", "word"), ("rule", "name"), ("group", "name"), ("files", "right"),
+    shown = text.table(("run", "right"), ("state", "word"), ("rule", "name"), ("group", "group"), ("files", "right"),
                        ("size", "right"), ("ago", "right"), ("waits for", "two"))  # fmt: skip
-    text.row(shown, 1_000, "SUPERSEDED", "krios-tiff", "sample=s1 grid=7 session=monday", "1,000", "1.0 GB", "2 d 3 h",
+    text.row(shown, 1_000, "SUPERSEDED", "krios-tiff", "day=30 grid=a_7 session=monday", "1,000", "1.0 GB", "2 d 3 h",
              waits)  # fmt: skip
     written = io.StringIO()
     text.console(written).print(shown)
     lines = written.getvalue().splitlines()
 
     assert len(lines) == 4 and max(map(len, lines)) <= 80
-    assert " SUPERSEDED " in lines[2] and " krios-tiff " in lines[2] and "sample=s1…" in lines[2]
+    assert " SUPERSEDED " in lines[2] and " krios-tiff " in lines[2]
+    assert "day=30" in lines[2] and "grid=a_7…" in lines[3]
     assert lines[3].rstrip().endswith("…")
 
 
-def test_alarms_leave_room_on_the_watched_screen():
-    """Watched: rules, then at most three alarms of one line each, and how many more there are; else all of each."""
-    alarm = {"key": "k", "what": "a destination is down " * 9, "since_time": 0.0, "hint": "mount it", "acked_by": None}
+def test_a_volume_that_cannot_be_read_is_shown_with_the_reason():
+    """`status` is asked just then: it tells of the others, and what is wrong with this one."""
+    read = {"path": "/data", "total_bytes": 10**9, "free_bytes": 10**8, "state": "low", "fill_bytes_per_s": None,
+            "full_in_s": None, "error": None}  # fmt: skip
+    away = {**read, "path": "/tape", "total_bytes": 0, "free_bytes": 0, "state": "ok", "error": "No such file"}
     daemon = {"running": True, "version": "1", "health": "alarm", "pid": 1, "started_time": None, "heartbeat_age_s": 1}
-    rule = {"name": "archive", "state": "active", "settling": 0, "complete": 0, "blocked": 0, "runs": {},
-            "files_done": 0, "bytes_done": 0}  # fmt: skip
-    now = {"daemon": daemon, "rules": [rule], "working": [], "waiting": [], "waiting_counts": dict.fromkeys(STATES, 0),
-           "roots": [], "volumes": [], "alarms": [alarm] * 5, "rules_fault": None, "undecided": {},
+    now = {"daemon": daemon, "rules": [], "working": [], "waiting": [], "waits": {"groups": [], "more_runs": 0},
+           "waiting_counts": dict.fromkeys(("HELD", "INACTIVE", "PENDING"), 0),
+           "roots": [], "volumes": [read, away], "alarms": [], "rules_fault": None, "undecided": {},
            "paused": ""}  # fmt: skip
-    written = {brief: io.StringIO() for brief in (True, False)}
-    for brief, stream in written.items():
-        text.console(stream).print(status.shown(now, brief=brief))
-    lines = written[True].getvalue().splitlines()
+    console = text.console(io.StringIO())
+    console.print(glance.picture(now, console, height=None))
+    lines = {words[0]: words[1:] for words in map(str.split, console.file.getvalue().splitlines()) if words}
 
-    at = lines.index("ALARMS")
-    assert any(line.startswith("archive") for line in lines[:at])
-    assert all(len(line) == 80 and line.endswith("…") for line in lines[at + 1 : at + 4])
-    assert lines[at + 4 :] == ["+2 more: `trigger-daemon alarms list`"]
-    whole = written[False].getvalue()
-    assert whole.count("hint: mount it") == 5 and whole.index("archive") < whole.index("ALARMS")
+    assert lines["/data"][0] == "low"
+    assert lines["/tape"] == ["?", "No", "such", "file"]
+
+
+def test_rules_that_ask_for_reclaim_in_vain_are_told(tmp_path):
+    """A rule asks, the settings do not: nothing is ever deleted, and whoever checks the rules hears it."""
+    rules, config = tmp_path / "rules", tmp_path / "config.yaml"
+    rules.mkdir()
+    (rules / "a.yaml").write_text(
+        f"rules:\n  - name: a\n    watch: {tmp_path}\n    match: ['*.raw']\n    existing: ignore\n"
+        "    start: {copy: {to: /mnt}}\n    reclaim: {proven_by: [a]}\n"
+    )
+    told = {}
+    for said in ("disabled", "enabled"):
+        config.write_text(f"state_dir: {tmp_path}\nrules_dir: {rules}\nreclaim: {said}\n")
+        told[said] = command("rules", "check", "--config", str(config))
+
+    assert [done.returncode for done in told.values()] == [0, 0]
+    assert "nothing of a is deleted" in told["disabled"].stderr
+    assert "is deleted" not in told["enabled"].stderr
 
 
 # -------------------------------------------------------------------------- speed
@@ -900,7 +936,7 @@ SETTINGS = {
     "wrapped": "mqtt:\n  a: 'one\nstate_dir: /wrong\n  two'\n",
     "anchor": "state_dir: &a /a/b\n",
     "space": "state_dir: /a b\n",
-    "late": "mqtt: {a: 1}\nstate_dir:    /a/b\n",
+    "late": "mqtt: {host: a}\nstate_dir:    /a/b\n",
     "crlf": "state_dir: /a/b\r\nevents: none\r\n",
     "umlaut": "state_dir: /a/\u00fc\n",
     "next": "state_dir:\n  /a/b\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -45,12 +46,13 @@ class Lab:
         self.data.mkdir(parents=True, exist_ok=True)
         self.nudges: list[tuple[int, int]] = []
         self.nudged = threading.Event()
+        self.limit: float | None = None
         self.counter = base / "executions"
         self._actions: list[command.Action] = []
 
     def action(self) -> command.Action:
         """A new one, as after a restart."""
-        made = command.Action(Context(state_dir=str(self.state), nudge=self._nudge))
+        made = command.Action(Context(state_dir=str(self.state), nudge=self._nudge, bandwidth=lambda: self.limit))
         self._actions.append(made)
         return made
 
@@ -185,6 +187,20 @@ def test_a_program_learns_all_about_its_batch(lab: Lab) -> None:
         "mtime_ns": request.files[0].mtime_ns, "role": "",
     }
     assert (told["rule"], told["run"], told["attempt"], told["group"]) == ("first-look", 7, 1, {"session": "s1"})
+
+
+@pytest.mark.parametrize(("settings", "rule", "told"), [
+    (2e6, None, "2000000"), (2e6, 5e6, "2000000"), (2e6, 1e6, "1000000"), (None, 1e6, "1000000"), (None, None, "none"),
+])  # fmt: skip
+def test_a_program_is_told_the_rate_that_it_may_take(
+    lab: Lab, settings: float | None, rule: float | None, told: str
+) -> None:
+    """The lower of the settings' limit at its start and its rule's; nothing where there is none."""
+    lab.limit = settings
+    request = dataclasses.replace(lab.request("echo ${TRIGGER_BANDWIDTH-none}"), bandwidth=rule)
+    assert run(lab, request).status == "succeeded"
+
+    assert (lab.directory(request) / "stdout").read_text() == told + "\n"
 
 
 def test_the_daemons_secrets_do_not_reach_a_program(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -364,6 +364,8 @@ FAULTS: dict[str, tuple[str, int, int, str, str]] = {
     "unknown check option": (with_lines("complete: {checks: [lab_frames: {frame: 3}]}"),
         7, 38, "no option `frame`", "`frames`"),
     "check option": (with_lines("complete: {checks: [lab_frames: {frames: 0}]}"), 7, 46, "at least 1", ""),
+    "no space": (with_lines("complete: quiescence:30s"), 7, 15, "must be a mapping", "space after the colon"),
+    "text for a mapping": (with_lines("complete: 30s"), 7, 15, "must be a mapping", "line of its own"),
     "checks as mapping": (with_lines("complete: {checks: {lab_frames: {frames: 4}}}"),
         7, 24, "must be a list", "- tiff"),
     "two checks in one": (with_lines("complete: {checks: [{tiff: , xml: }]}"), 7, 25, "exactly one check", "indented"),
@@ -661,7 +663,7 @@ volumes:
 throttle:
   bandwidth: 2Gbit/s
   while: [{cpu_above: 80%}, {io_pressure_above: 30%}, {process: SerialEM, bandwidth: 200MB/s}]
-globus: {collections: {UUID: {/data: /krios1}}}
+globus: {collections: {AAAAAAAA-0000-4000-8000-000000000001: {/data: /krios1}}}
 """
 
 
@@ -702,7 +704,7 @@ def test_settings_are_read(settings_of: Callable[..., Settings]) -> None:
     assert [(one.cpu_above, one.process, one.bandwidth) for one in settings.throttle.while_] == [
         (0.8, None, None), (None, None, None), (None, "SerialEM", 200_000_000),
     ]
-    assert settings.globus == {"collections": {"UUID": {"/data": "/krios1"}}}
+    assert settings.globus.plain()["collections"] == {"aaaaaaaa-0000-4000-8000-000000000001": {"/data": "/krios1"}}
 
 
 def test_the_environment_overrides_the_file(settings_of: Callable[..., Settings]) -> None:
@@ -715,7 +717,7 @@ def test_the_environment_overrides_the_file(settings_of: Callable[..., Settings]
 
     assert (settings.sweep.every_s, settings.sweep.full_s) == (10.0, 3600.0)
     assert (settings.throttle.runs, settings.throttle.bandwidth) == (8, 250_000_000)
-    assert settings.mqtt == {"host": "broker"}
+    assert (settings.mqtt.host, settings.mqtt.port_or_default) == ("broker", 1883)
     assert [volume.path for volume in settings.volumes] == ["/other"]
     assert settings.reclaim == "enabled"
 
@@ -743,8 +745,11 @@ def test_only_what_is_passed_counts(settings_of: Callable[..., Settings], monkey
         ("throttle:\n  while: [{cpu_above: 80%, process: x}]\n", 2, 11, "exactly one condition", "cpu_above"),
         ("throttle:\n  while: [{cpu_above: 80}]\n", 2, 23, "80 has no unit", "80%"),
         ("volumes:\n  - reserve: 5GB\n", 2, 5, "lacks the key `path`", "add"),
-        ("volumes:\n  - {path: /d, low: 5%, critical: 10%}\n", 2, 5, "`critical` must not be more", "free space"),
+        ("volumes:\n  - {path: /d, low: 5%, critical: 10%}\n", 2, 35, "`critical` must not be more", "free space"),
+        ("volumes:\n  - {path: /d, low: 3%}\n", 2, 21, "`critical` must not be more", "`critical` is 5% unless"),
+        ("volumes:\n  - {path: /d, critical: 30%}\n", 2, 26, "`critical` must not be more", "`low` is 20% unless"),
         ("volumes:\n  - {path: /d, low: 5 percent}\n", 2, 21, "is not a size", "unit"),
+        ("volumes:\n  - {path: /d, low: 140%}\n", 2, 21, "from 0% to 100%", "number"),
         ("log: {level: loud}\n", 1, 14, "must be one of", "info"),
         ("keep_done: 0s\n", 1, 12, "greater than 0", ""),
         ("events: auto\nevents: none\n", 2, 1, "written twice", "line 1"),
@@ -801,3 +806,47 @@ def test_a_tag_on_the_whole_document_is_a_fault(text):
     faults = parse_rules([("z.yaml", text)]).faults
 
     assert faults and faults[0].file == "z.yaml"
+
+
+_SECRET = "c2VjcmV0LXZhbHVl"
+
+
+@pytest.mark.parametrize(("text", "env"), [
+    (f"globus: {_SECRET}\n", {}),
+    (f"globus: [{_SECRET}]\n", {}),
+    (f"globus: {{client_secret: {_SECRET}}}\n", {}),
+    (f"globus:\n  client_secret: [{_SECRET}]\n", {}),
+    (f"globus:\n  client_secrett: {_SECRET}\n", {}),
+    (f"globus:\n  client_secret_file: {_SECRET}\n", {}),
+    (f"globus:\n  client_secret_file: [{_SECRET}]\n", {}),
+    (f"globus:\n  client_id: {_SECRET}\n", {}),
+    (f"globus:\n  client_secret: {_SECRET}: x\n", {}),
+    ("", {"TRIGGER_DAEMON_GLOBUS": _SECRET}),
+    ("", {"TRIGGER_DAEMON_GLOBUS": f'{{"client_secret": "{_SECRET}"'}),
+    ("", {"TRIGGER_DAEMON_GLOBUS": f'{{"client_id": 5, "client_secret": "{_SECRET}", "x": 1}}'}),
+    ("", {"TRIGGER_DAEMON_GLOBUS__CLIENT_SECRET": f"[{_SECRET}"}),
+    ("", {"TRIGGER_DAEMON_GLOBUS__CLIENT_SECRET": f'{{"a": "{_SECRET}"}}'}),
+    ("", {"TRIGGER_DAEMON_GLOBUS__CLIENT_SECRETT": _SECRET}),
+    ("", {"TRIGGER_DAEMON_GLOBUS__CLIENT_SECRET__X": _SECRET}),
+    ("", {"TRIGGER_DAEMON_GLOBUS__CLIENT_SECRET_FILE": _SECRET}),
+])  # fmt: skip
+def test_a_secret_in_the_wrong_place_is_shown_to_nobody(tmp_path: Path, text: str, env: dict[str, str]) -> None:
+    """The fault says which key is wrong, and never what stood there."""
+    file = tmp_path / "daemon.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file, env)
+
+    assert _SECRET not in repr(caught.value.faults) + str(caught.value)
+
+
+def test_a_duration_may_have_a_least() -> None:
+    """What cannot be meant is told where it stands."""
+    uuid = "5dc8f4c4-8b0b-4a8b-9d3a-0c1f6b0a1a11"
+    text = (
+        "rules:\n  - {name: a, watch: /data, match: ['*.tif'], existing: ignore,\n"
+        f"     start: {{globus_transfer: {{from: {uuid}, to: {uuid}, deadline: 5s}}}}}}\n"
+    )
+    (fault,) = parse_rules([("rules.yaml", text)]).faults
+
+    assert (fault.line, fault.message) == (3, "`deadline` must be at least 60s, not 5s")

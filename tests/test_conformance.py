@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 import trigger_daemon.actions
-from conformance import BENCHES, PATIENCE_S, Bench, poll_to_end, through_json
+from conformance import BENCHES, PATIENCE_S, Bench, insist, poll_to_end, through_json
 from trigger_daemon import actions, registry
-from trigger_daemon.actions import Differs, File, Progress, Proof, Unproven
+from trigger_daemon.actions import Differs, File, Progress, Proof, Refused, Unproven
 from trigger_daemon.core.grammar import Option
 
 ACTIONS = sorted(found.name for found in pkgutil.iter_modules(trigger_daemon.actions.__path__) if found.name[0] != "_")
@@ -35,8 +35,9 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeBench]:
     name = request.param
     if name not in BENCHES:
         pytest.fail(f"no bench for actions/{name}.py: add one to tests/conformance.py")
-    yield lambda **how: BENCHES[name](tmp_path, **how)
-    (tmp_path / "go").touch()
+    with BENCHES[name].around(tmp_path):
+        yield lambda **how: BENCHES[name](tmp_path, **how)
+        (tmp_path / "go").touch()
 
 
 def begin(bench: Bench, *files: File) -> tuple[actions.Action, actions.Request, Any]:
@@ -59,7 +60,7 @@ def some(bench: Bench) -> tuple[File, ...]:
     return (
         bench.write("s1/a [1] é.tif", b"frames" * 1000),
         bench.write("s1/deep/er/b.tif", b""),
-        bench.write(os.fsdecode(b"s1/\xff\n.mrc"), b"x"),
+        bench.write(os.fsdecode(bench.ODD), b"x"),
         bench.write("-c.mrc", b"not an option"),
     )
 
@@ -102,8 +103,10 @@ def test_it_keeps_the_protocol(name: str, tmp_path: Path) -> None:
 def test_its_options_are_documented(name: str) -> None:
     """Each has words for people, and a default of its own kind or none."""
     kinds: dict[str, tuple[type, ...]] = {
-        "text": (str,), "int": (int,), "bool": (bool,), "size": (int,), "rate": (int,), "duration": (int, float),
-        "enum": (str,), "texts": (str, tuple, list), "ints": (int, tuple, list), "map": (dict,),
+        "text": (str,), "uuid": (str,),
+        "int": (int,), "bool": (bool,), "size": (int,), "rate": (int,), "duration": (int, float),
+        "enum": (str,), "texts": (str, tuple, list), "ints": (int, tuple, list),
+        "list": (tuple, list), "map": (dict,),
     }  # fmt: skip
     for option_name, option in registry.find_action(name).OPTIONS.items():
         assert isinstance(option, Option)
@@ -164,7 +167,8 @@ def test_identical_repetition_does_the_work_once(make: MakeBench) -> None:
     progress = poll_to_end(action, request, through_json(action.start(request, prepared)))
     action.close()
     later = bench.action()
-    progress_later = poll_to_end(later, request, through_json(later.start(request, prepared)))
+    handle = insist(lambda: later.start(request, prepared))
+    progress_later = poll_to_end(later, request, through_json(handle))
     later.close()
 
     assert (progress.status, progress_later.status) == ("succeeded", "succeeded")
@@ -178,7 +182,7 @@ def test_find_before_the_start_knows_of_nothing(make: MakeBench) -> None:
     action, request = bench.action(), bench.request(some(bench))
     prepared = through_json(action.prepare(request)) if action.PREPARES else None
 
-    assert action.find(request, prepared) is None
+    assert insist(lambda: action.find(request, prepared)) is None
     assert bench.executions() in (0, None)
     action.close()
 
@@ -191,7 +195,7 @@ def test_a_lost_answer_is_found_or_repeated(make: MakeBench) -> None:
     prepared = bench.elsewhere("start", request)()["prepared"]
     now = type(bench)(bench.base)
     action = now.action()
-    handle = action.find(request, prepared)
+    handle = insist(lambda: action.find(request, prepared))
     if handle is None:
         handle = action.start(request, prepared)
     progress = poll_to_end(action, request, through_json(handle))
@@ -277,8 +281,9 @@ def test_a_spoiled_destination_is_not_proved(make: MakeBench, how: str) -> None:
     bench = make()
     files = some(bench)
     action, request, handle, _ = done(bench, *files)
-    if not action.VERIFIES:
-        return  # it promises no proof, and the rule says so
+    if not action.VERIFIES or not bench.READS_AGAIN:
+        action.close()
+        return  # it promises no proof, or one of what was delivered, and the reference says so
     bench.spoil(files[0].path, how)
     said = action.verify(request, handle)
     action.close()
@@ -286,6 +291,51 @@ def test_a_spoiled_destination_is_not_proved(make: MakeBench, how: str) -> None:
     assert isinstance(said, Differs | Unproven)
     if isinstance(said, Differs):
         assert files[0].path in said.which
+
+
+def test_what_is_only_claimed_is_not_proved(make: MakeBench) -> None:
+    """A provider that says success without having delivered is not believed."""
+    bench = make()
+    if not bench.lie():
+        return  # it does the work itself
+    files = (bench.write("a.mrc", b"frames"), bench.write("b.mrc", b"more frames"))
+    action, request, handle, progress = done(bench, *files)
+    said = action.verify(request, handle)
+    action.close()
+
+    assert progress.status == "succeeded"
+    assert isinstance(said, Differs | Unproven)
+    if isinstance(said, Differs):
+        assert set(said.which) == {file.path for file in files} - set(bench.delivered())
+
+
+def test_an_action_that_does_not_verify_gives_no_proof(make: MakeBench) -> None:
+    """Asked all the same, it says so: never a proof, however well the attempt went."""
+    bench = make()
+    action, request, handle, _ = done(bench, bench.write("a.mrc", b"frames"))
+    said = Unproven if action.VERIFIES else type(action.verify(request, handle))
+    action.close()
+
+    assert said is Unproven
+
+
+def test_a_name_that_the_provider_cannot_be_told_is_refused(make: MakeBench) -> None:
+    """Before anything is started, with words for a person; the other names of the batch go nowhere either."""
+    bench = make()
+    if bench.REFUSED is None:
+        return
+    action = bench.action()
+    request = bench.request((bench.write("a.mrc", b"x"), bench.write(os.fsdecode(bench.REFUSED), b"x")))
+    with pytest.raises(Refused) as refused:
+        if action.PREPARES:
+            action.prepare(request)
+        else:
+            action.start(request, None)
+    action.close()
+
+    assert refused.value.fault.kind == "person"
+    assert refused.value.fault.hint
+    assert (bench.executions(), bench.delivered()) in [(0, {}), (None, {})]
 
 
 @pytest.mark.parametrize("how", ["rewritten", "gone"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import random
 import shutil
@@ -26,6 +28,7 @@ from trigger_daemon import failpoints
 from trigger_daemon.actions import Action as Provider
 from trigger_daemon.actions import Context, Differs, File, Progress, Proof, Refused, Request, Unproven
 from trigger_daemon.actions._copy_sums import said_by
+from trigger_daemon.actions._copy_system import begin_to_write_out
 from trigger_daemon.actions.copy import Action
 from trigger_daemon.core.grammar import OptionFault
 from trigger_daemon.core.model import Scope
@@ -73,6 +76,9 @@ class Lab:
         self.state = base / "state"
         self.limit: float | None = None
         self.paused = False
+        self.stopped: dict[str, str] = {}  # destination -> why
+        self.reserve = 0
+        self.reserves: dict[str, tuple[int | None, float | None]] = {}  # file system -> bytes, or a ratio
         self.runs = 0
         self._news = threading.Event()
         self._action: Action | None = None
@@ -83,7 +89,8 @@ class Lab:
         if self._action is None:
             self._action = Action(Context(
                 str(self.state), lambda run, attempt: self._news.set(), lambda: self.limit, lambda: self.paused,
-                self.settings,
+                self.settings, lambda path: self.stopped.get(path, ""), lambda path: self.reserve,
+                lambda: self.reserves,
             ))  # fmt: skip
         return self._action
 
@@ -522,6 +529,52 @@ def test_a_changed_source_is_reported_and_never_proved(lab: Lab) -> None:
     assert lab.there() == {"good": b"12345"}
     proof = lab.prove(request)
     assert [member["path"] for member in proof.members] == ["good"] and set(proof.changed) == set(progress.changed)
+
+
+def test_what_is_written_through_a_map_after_it_was_read_is_seen(lab: Lab) -> None:
+    """Also to a page that was in memory only: else the file would look as it was, and be taken for what was copied."""
+    size = 9 * MIB  # of less, the whole disk is synced, and here that of the source as well
+    path = lab.source / lab.write("mapped", b"")
+    last = lab.source / lab.write("last", b"on the disk: so nothing is begun with ahead")
+    with last.open("rb") as file:
+        os.fsync(file.fileno())
+    with path.open("r+b") as file:
+        file.truncate(size)
+        with mmap.mmap(file.fileno(), size) as mapped:
+            mapped[:5] = b"first"
+            request = lab.request("mapped", "last")
+            assert lab.run(request).status == "succeeded"
+            before = path.stat()
+            mapped[:5] = b"other"
+
+    assert lab.there()["mapped"][:5] == b"first"
+    assert path.stat().st_mtime_ns > before.st_mtime_ns
+
+
+def test_the_disk_begins_with_all_before_the_first_is_waited_for(lab: Lab) -> None:
+    """Files that were just written: each would be waited for by itself, and of those on their disk nothing is asked."""
+    paths = [os.fsencode(lab.source / lab.write(f"{n}", noise(20_000))) for n in range(3)]
+    if _in_memory_only(paths[0]) is None:
+        pytest.skip("this kernel does not tell: Linux 6.5 does")
+    before = [_in_memory_only(path) for path in paths]
+    with open(paths[2], "rb") as file:
+        os.fsync(file.fileno())
+    begin_to_write_out(paths)
+    skipped = [_in_memory_only(path) for path in paths]
+    begin_to_write_out([paths[2], b"/nowhere", *paths[:2]])
+
+    assert before == [5, 5, 5]
+    assert skipped == [5, 5, 0]
+    assert [_in_memory_only(path) for path in paths] == [0, 0, 0]
+
+
+def _in_memory_only(path: bytes) -> int | None:
+    """Return how many pages of a file are, None where that is not told."""
+    told, span = (ctypes.c_uint64 * 5)(), (ctypes.c_uint64 * 2)(0, 0)
+    with open(path, "rb") as file:
+        if ctypes.CDLL(None).syscall(451, file.fileno(), span, told, 0) != 0:
+            return None
+    return told[1]
 
 
 def test_a_large_source_written_to_while_copied_is_dropped(lab: Lab) -> None:
@@ -1265,6 +1318,28 @@ def test_an_attempt_has_not_ended_while_its_worker_hangs_in_the_kernel(lab: Lab)
         share.close()
 
 
+@pytest.mark.serial
+@needs_root
+def test_a_proof_is_not_waited_for_while_its_worker_hangs_in_the_kernel(lab: Lab) -> None:
+    """Who asked for it has other things to do; it is asked for again."""
+    point = lab.base / "share"
+    point.mkdir()
+    lab.settings["deadline_s"] = 2.0
+    lab.write("a", b"1")
+    try:
+        share = Share(point, {"a": 1})
+    except OSError as fault:
+        pytest.skip(f"no FUSE here: {fault}")
+    try:
+        share.mood = "hang"
+        answer = lab.action.verify(lab.request("a", to=str(point)), None)
+    finally:
+        share.close()
+
+    assert isinstance(answer, Unproven) and "hangs" in answer.fault.why
+    assert (answer.fault.kind, answer.fault.scope, answer.fault.counts) == ("transient", Scope.DESTINATION, False)
+
+
 def test_lanes_are_humble(lab: Lab) -> None:
     """Workers run at low priority."""
     lab.write("a", b"1")
@@ -1301,3 +1376,16 @@ def test_the_destination_is_the_part_before_the_template(lab: Lab) -> None:
 
     assert lab.action.destination(options) == "/mnt/a + /mnt/b"
     assert lab.action.writes(options) == ("/mnt/a", "/mnt/b")
+
+
+def test_a_destination_that_is_called_like_its_rule_is_never_made(lab: Lab) -> None:
+    """Only what a template made is made: by the rule's own words, not by what a rendered path looks like."""
+    lab.write("a", b"1")
+    gone = lab.base / "r-2026-01-01"
+    plain = dataclasses.replace(lab.request("a", to=str(gone)), written={})
+    assert lab.run(plain).status == "failed"
+    assert not gone.exists()
+
+    made = dataclasses.replace(lab.request("a", to=str(gone)), written={"to": f"{lab.base}/{{rule}}-{{date}}"})
+    assert lab.run(made).status == "succeeded"
+    assert (gone / "a").read_bytes() == b"1"

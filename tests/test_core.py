@@ -8,6 +8,7 @@ import pytest
 
 from tests.lab import ROOT, UTC, Lab, rule
 from trigger_daemon.core import lifecycle, model
+from trigger_daemon.core.alarms import Alarms
 from trigger_daemon.core.lifecycle import Event
 from trigger_daemon.core.model import Fault, RunState, Scope, Verdict
 from trigger_daemon.core.rules import After, Batch, CloseOn, Complete, Retry, With
@@ -334,6 +335,32 @@ def test_batch_closes_at_so_many_files_with_the_reason():
     assert lab.closed[0][1].reason == "files: 3 of 3"
 
 
+def test_a_batch_never_holds_more_than_the_action_takes():
+    """What the action takes at once closes a batch that only time would close; nothing waits behind it."""
+    lab = Lab(rule(batch=Batch(idle_s=300, files_max=2)))
+    for n in range(5):
+        lab.write(f"{n}.tif")
+    lab.run_for(31)
+
+    assert lab.batches() == [("0.tif", "1.tif"), ("2.tif", "3.tif")]
+    assert lab.closed[0][1].reason == "files: 2, the most a batch may hold"
+    lab.run_for(330)
+    assert lab.batches()[2:] == [("4.tif",)]
+
+
+def test_a_time_of_day_is_waited_for_however_much_comes():
+    """The limit of an action splits what is closed then; by day nothing goes."""
+    lab = Lab(rule(batch=Batch(at=("12:00",), files_max=2)))
+    for name in "abcde":
+        lab.write(f"{name}.tif")
+    lab.run_for(3_600)
+    assert lab.closed == []
+    lab.run_for(86_400)
+
+    assert [len(batch.members) for _, batch in lab.closed] == [2, 2, 1]
+    assert {member.name for _, batch in lab.closed for member in batch.members} == {f"{name}.tif" for name in "abcde"}
+
+
 def test_groups_fill_apart():
     """`group_by`: one open batch a group, and its captures go with it."""
     lab = Lab(rule(match=("{chip}/{n}.tif",), batch=Batch(group_by=("chip",), files=2)))
@@ -598,6 +625,31 @@ def test_destination_that_is_down_stops_starts_to_it_and_burns_no_attempt():
     assert not [key for key in lab.engine.alarms.open if key.startswith("destination")]
 
 
+def test_who_waits_for_a_destination_or_an_attempt_is_told_when_it_is_looked_at_next():
+    """A run alone, and a reason: the instant by the wall clock; none while it is being looked at."""
+    lab = Lab(rule(), auto=False)
+    for name in "ab":
+        lab.write(f"{name}.tif")
+    lab.run_for(31)
+    down = Fault("transient", "not mounted", scope=Scope.DESTINATION, retry_after_s=40)
+    lab.step(model.NotStarted(1, 1, down, lab.at))
+    lab.step(model.NotStarted(2, 1, Fault("transient", "busy", retry_after_s=50, counts=False), lab.at))
+
+    def next_s() -> list[float | None]:
+        answer = lab.order("runs.waiting", ids=[1, 2], grouped=True)
+        alone = [answer["runs"][run]["next_time"] for run in "12"]
+        assert sorted(map(str, alone)) == sorted(str(of["next_time"]) for of in answer["waits"]["groups"])
+        return [None if at is None else round(at - lab.utc - lab.at, 1) for at in alone]
+
+    assert next_s() == [40.0, 50.0]
+    lab.run_for(10)
+    assert next_s() == [30.0, 40.0]
+    lab.run_for(60)
+
+    assert state(lab) == RunState.STARTING
+    assert [lab.engine.runs.next_time(lab.engine.runs.open[run]) for run in (1, 2)] == [None, None]
+
+
 def test_success_is_not_proof():
     """SUCCEEDED is what the provider says, VERIFIED what was proved."""
     lab = closed_run()
@@ -737,6 +789,43 @@ def test_faulty_rules_leave_the_last_good_ones_in_force():
 
     assert lab.batches() == [("a.tif",)]
     assert lab.engine.snapshot()["rules_fault"] == fault
+
+
+def test_all_faults_of_the_rules_are_counted():
+    """The first is named; that it is not the only one is said."""
+    lab = Lab(rule())
+    fault = {"file": "a.yaml", "line": 3, "column": 5, "message": "unknown key", "hint": "", "faults": 2}
+    lab.step(model.RulesOffered((), {}, None, lab.at, fault))
+
+    assert lab.engine.alarms.open["rules"].what == (
+        "the rule files have 2 faults (`rules check` shows all), the last good rules go on; the first: a.yaml:3:5:"
+        " unknown key"
+    )
+
+
+def test_an_alarm_follows_its_reason():
+    """Other words that came too soon are written once they may be, though they have not changed since."""
+    out: list[model.Effect] = []
+    alarms = Alarms(out, lambda at: at)
+    for at, words in ((0.0, "not there"), (10.0, "not mounted"), (59.0, "not mounted"), (61.0, "not mounted"),
+                      (130.0, "not mounted")):  # fmt: skip
+        alarms.raised("root:/data", words, "mount it", at)
+
+    assert [(e.what, e.time) for e in out if isinstance(e, model.AlarmRaised)] == [
+        ("not there", 0.0), ("not mounted", 61.0),
+    ]  # fmt: skip
+
+
+def test_a_run_that_never_was_is_not_one_that_has_ended():
+    """What to do about them differs."""
+    lab = closed_run()
+    lab.step(model.Started(1, 1, "h", lab.at))
+    lab.step(model.Polled(1, 1, "succeeded", lab.at))
+    lab.step(model.Proved(1, 1, [{"path": "a.tif"}], lab.at))
+    said = [lab.order("runs.retry", ids=[number])["error"] for number in (1, 2, 0, -3)]
+
+    assert said[0].startswith("run 1 is not open")
+    assert said[1:] == ["there is no run 2", "there is no run 0", "there is no run -3"]
 
 
 def test_removed_rule_keeps_its_open_runs():

@@ -61,7 +61,7 @@ def test_every_document_can_be_reached_from_the_readme():
 
 # What a rule's fields are called in a rule file, where the name differs.
 WRITTEN_AS = {"companions": "with", "action": "start", "options": "start", "runs_max": "runs", "root": "in"}
-NOT_WRITTEN = {"id", "file", "line"}
+NOT_WRITTEN = {rules.Rule: {"id", "file", "line"}, rules.Batch: {"files_max"}}  # what the reader of the file adds
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_every_key_of_a_rule_is_in_the_reference(record):
     keys = {
         WRITTEN_AS.get(field.name, field.name.removesuffix("_s"))
         for field in dataclasses.fields(record)
-        if field.name not in NOT_WRITTEN or record is not rules.Rule
+        if field.name not in NOT_WRITTEN.get(record, ())
     }
 
     assert {key for key in keys if not re.search(rf"`{key}`|[{{ ]{key}: ", REFERENCE)} == set()

@@ -130,6 +130,43 @@ def test_movies(tmp_path: Path, clock: simulator.Dated) -> None:
     assert why[("m_test_1.tif", "movies")].startswith("ignored by the pattern `*_test_*`")
 
 
+def test_first_look(tmp_path: Path, clock: simulator.Dated) -> None:
+    """Whole movies of either format are looked at two minutes after the first; half a one is not."""
+    for number in range(3):
+        simulator.mrc_movie(
+            tmp_path / "monday" / f"s{number}.mrc", frames=3, width=8, height=8, pause=clock, frame_s=0.1,
+            stop_after=1 if number == 2 else None,
+        )  # fmt: skip
+        simulator.tiff_movie(
+            tmp_path / "monday" / f"m{number}.tif", frames=4, width=8, height=8, pause=clock, frame_s=0.1
+        )
+    batches, why = replayed("first-look", data_screening=tmp_path)
+
+    assert sorted(batch[:3] for batch in batches) == [
+        ("first-look-mrc", "monday", "oldest_waits: 120 s"), ("first-look-tiff", "monday", "oldest_waits: 120 s"),
+    ]  # fmt: skip
+    assert {batch.rule: batch.names for batch in batches} == {
+        "first-look-mrc": ["s0.mrc", "s1.mrc"], "first-look-tiff": ["m0.tif", "m1.tif", "m2.tif"],
+    }  # fmt: skip
+    assert why[("s2.mrc", "first-look-mrc")].startswith("1 of 3 frames")
+
+
+def test_rsync_archive(tmp_path: Path, clock: simulator.Dated) -> None:
+    """All whole movies of a session go to the archive, the first five to the node as well."""
+    for number in range(7):
+        simulator.tiff_movie(
+            tmp_path / "monday" / f"m{number}.tif", frames=40, width=8, height=8, pause=clock, frame_s=0.1,
+            stop_after=17 if number == 6 else None,
+        )  # fmt: skip
+    batches, why = replayed("rsync-archive", **{"data_rsync-microscope": tmp_path})
+
+    assert [batch[:3] for batch in batches if batch.rule == "archive-by-ssh"] == [
+        ("archive-by-ssh", "monday", "oldest_waits: 600 s")
+    ]
+    assert [len(batch.names) for batch in batches if batch.rule == "archive-by-ssh"] == [6]
+    assert why[("m6.tif", "archive-by-ssh")].startswith("17 of 40 frames")
+
+
 def test_epu_falcon_eer(tmp_path: Path, clock: simulator.Dated) -> None:
     """Movies and XML of two trees travel together, per grid square, whatever their order; odd ones stay.
 
@@ -357,6 +394,45 @@ def test_pilatus_ssx(tmp_path: Path, clock: simulator.Dated) -> None:
     assert why[("chipb_1_00402.cbf.tmp", "chip-qc")].startswith("ignored by the pattern `*.tmp`")
 
 
+def test_globus_cryo_em(tmp_path: Path, clock: simulator.Dated) -> None:
+    """Movies go in two ways: with their XML to the archive, by visit; fifty of a square at a time to the analysis."""
+    for number in range(60):
+        movie = tmp_path / "bi1" / "s1" / f"m{number:02}.tiff"
+        simulator.tiff_movie(movie, frames=40, width=4, height=4, pause=clock, frame_s=0.1)
+        simulator.companion_xml(movie.with_suffix(".xml"), movie=movie.name, pause=clock)
+    batches, _ = replayed("globus-cryo-em", data_krios=tmp_path)
+
+    (raw,) = (batch for batch in batches if batch.rule == "em-raw")
+    assert (raw.group, raw.reason, len(raw.names)) == ("bi1", "oldest_waits: 600 s", 120)
+    assert [(batch.group, batch.reason, len(batch.names)) for batch in batches if batch.rule == "em-analysis"] == [
+        ("bi1 s1", "files: 50 of 50", 50), ("bi1 s1", "idle: nothing new for 600 s", 10),
+    ]  # fmt: skip
+
+
+def test_globus_thumbnails(tmp_path: Path, clock: simulator.Dated) -> None:
+    """A grid's images go together once nothing new has come for a while; those of another grid apart."""
+    for grid, number in (("g1", 0), ("g1", 1), ("g2", 0)):
+        image = tmp_path / grid / f"m{number}.tif"
+        image.parent.mkdir(exist_ok=True)
+        simulator.tiff_movie(image, frames=1, width=4, height=4, pause=clock, frame_s=0.1)
+    batches, _ = replayed("globus-thumbnails", data_krios=tmp_path)
+
+    assert [(batch.group, batch.reason, batch.names) for batch in batches] == [
+        ("g1", "idle: nothing new for 120 s", ["m0.tif", "m1.tif"]), ("g2", "idle: nothing new for 120 s", ["m0.tif"]),
+    ]  # fmt: skip
+
+
+def test_globus_ssx(tmp_path: Path, clock: simulator.Dated) -> None:
+    """A chip's first thousand images are judged; all are archived a thousand at a time, and analysed a hundred."""
+    for number in range(1, 1_251):
+        simulator.cbf_image(tmp_path / "mx1" / "c1" / f"c_{number:05}.cbf", width=4, height=4, pause=clock)
+        clock(0.02)
+    batches, _ = replayed("globus-ssx", data_i24=tmp_path)
+
+    sizes = {rule: [len(b.names) for b in batches if b.rule == rule] for rule in ("ssx-qc", "ssx-raw", "ssx-analysis")}
+    assert sizes == {"ssx-qc": [1_000], "ssx-raw": [1_000, 250], "ssx-analysis": [100] * 12 + [50]}
+
+
 def test_eiger(tmp_path: Path, clock: simulator.Dated) -> None:
     """A set goes as one batch when its last data file is there; one that lacks a file, or images, stays.
 
@@ -394,7 +470,7 @@ def test_sequencer(tmp_path: Path, clock: simulator.Dated) -> None:
     assert [batch[:3] for batch in batches] == [("sequencer-run", "run1", "close_on: run1/RTAComplete.txt")]
     assert Counter(batches[0].names) == Counter(one.path.name for one in written)
     assert why[("ExtractionMetricsOut.bin", "sequencer-run")] == (
-        "in an open batch of 15 files; closed by {run}/RTAComplete.txt"
+        "in an open batch of 15 files; closed once run2/RTAComplete.txt is complete"
     )
     assert why[("rta.log", "sequencer-run")].startswith("ignored by the pattern `*.log`")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from typing import Any
 
 import pytest
 
+from trigger_daemon.actions import Progress
 from trigger_daemon.core import model
 from trigger_daemon.errors import JournalError
-from trigger_daemon.executor import VERIFY_DEADLINE_S, Executor
+from trigger_daemon.executor import PROVIDER_THREADS, VERIFY_DEADLINE_S, Executor
 
 
 class Clock:
@@ -39,6 +41,23 @@ class HangingProvider:
     prepare = start = find = poll = cancel = verify = _wait
 
 
+class Copying:
+    """A provider that tells in what order it is called, and whose polls wait for `go`."""
+
+    def __init__(self) -> None:
+        self.calls: queue.Queue[tuple[str, int]] = queue.Queue()
+        self.go = threading.Event()
+
+    def poll(self, request: Any, handle: Any) -> Progress:
+        self.calls.put(("poll", request.run))
+        assert self.go.wait(30)
+        self.calls.put(("polled", request.run))
+        return Progress("succeeded")
+
+    def forget(self, run: int) -> None:
+        self.calls.put(("forget", run))
+
+
 class Requests:
     """The journal's answers about a run; `broken`: its disk has failed."""
 
@@ -60,6 +79,12 @@ class Shelf:
 
     def get(self, action: str) -> Any:
         return self._provider
+
+    def pool(self, action: str) -> str:
+        return ""
+
+    def forget(self, action: str, run: int) -> None:
+        self._provider.forget(run)
 
 
 def executor(provider: Any, broken: bool = False) -> tuple[Executor, Clock, queue.Queue[model.Fact]]:
@@ -111,3 +136,39 @@ def test_unreadable_request_never_ends_an_attempt_that_may_be_under_way(effect, 
     made.stop()
 
     assert isinstance(fact, answer)
+
+
+def test_run_that_ends_while_it_is_polled_is_forgotten_after_that():
+    """A poll that finds nothing kept of its run may begin it again: no poll comes after the forgetting."""
+    provider = Copying()
+    made, _, facts = executor(provider)
+    made.carry(model.Poll(1, 1, "h"))
+    called = [provider.calls.get(timeout=10)]
+    made.finished(1)
+    made.nudge(1, 1)
+    with contextlib.suppress(queue.Empty):  # what would come too early has the time to come
+        called.append(provider.calls.get(timeout=0.2))
+    provider.go.set()
+    facts.get(timeout=10)
+    called += [provider.calls.get(timeout=10) for _ in range(3 - len(called))]
+    made.stop()
+
+    assert called == [("poll", 1), ("polled", 1), ("forget", 1)]
+    assert provider.calls.empty()
+
+
+def test_poll_that_waits_for_a_thread_until_its_run_is_over_asks_nobody():
+    provider = Copying()
+    made, _, _ = executor(provider)
+    late = PROVIDER_THREADS + 1
+    for run in range(1, late + 1):
+        made.carry(model.Poll(run, 1, "h"))
+    called = {provider.calls.get(timeout=10) for _ in range(PROVIDER_THREADS)}
+    made.finished(late)
+    provider.go.set()
+    then = {provider.calls.get(timeout=10) for _ in range(PROVIDER_THREADS + 1)}
+    made.stop()
+
+    assert called == {("poll", run) for run in range(1, late)}
+    assert then == {("polled", run) for run in range(1, late)} | {("forget", late)}
+    assert provider.calls.empty()

@@ -305,6 +305,7 @@ class Troubles(Histories):
         self.live = {}
         self.cancelled: set[int] = set()
         self.edits = 0
+        self.gates_seen = 0  # of what the provider was asked
 
     @rule(name=st.sampled_from(NAMES), size=st.integers(0, 9), elsewhere=st.booleans())
     def write_companion(self, name, size, elsewhere):
@@ -401,7 +402,7 @@ class Troubles(Histories):
     def close_batches(self):
         self.lab.order("batches.close", rule=self.rules_now[0].name, captures={})
 
-    @rule(how=st.sampled_from(["comment", "retry", "pattern", "without", "back", "fault"]))
+    @rule(how=st.sampled_from(["comment", "retry", "pattern", "without", "headless", "ungated", "back", "fault"]))
     def edit_rules(self, how):
         self.edits += 1
         rules = MORE_RULES[self.kind]
@@ -414,11 +415,21 @@ class Troubles(Histories):
                 rules = tuple(replace(one, ignore=(f"never{self.edits}",)) for one in rules)
             case "without":
                 rules = rules[1:]
+            case "headless":
+                rules = rules[:-1]
+            case "ungated":
+                rules = tuple(replace(one, after=None) for one in rules)
             case "fault":
                 self.lab.step(model.RulesOffered((), {}, None, self.lab.at, {"file": "a", "line": 1, "message": "no"}))
                 return
         self.rules_now = rules or self.rules_now
         self.lab.offer(*rules)
+
+    @rule(chip=st.sampled_from("ab"), how=st.sampled_from(["without", "headless", "ungated"]))
+    def edit_rules_while_runs_wait_and_crash(self, chip, how):
+        self.many_complete_at_once(chip)
+        self.edit_rules(how)
+        self.crash(False)
 
     @rule(seconds=st.sampled_from([-4_000, 4_000]))
     def set_the_clock(self, seconds):
@@ -447,7 +458,7 @@ class Troubles(Histories):
         match effect:
             case model.Prepare(run, attempt):
                 lab.step(
-                    model.NotStarted(run, attempt, fault, lab.at)
+                    model.NotStarted(run, attempt, fault, lab.at, preparing=True)
                     if fault
                     else model.Prepared(run, attempt, "p", lab.at)
                 )
@@ -524,8 +535,26 @@ class Troubles(Histories):
                     waits = {(run.id, t) for t in (model.Poll, model.Start, model.Find)}
                     assert timers & {"poll", "find"} or outstanding & waits
                 case RunState.SUCCEEDED:
-                    assert run.slot and ("verify" in timers or (run.id, model.Verify) in outstanding)
-        assert runs.at_work == sum(run.slot for run in runs.open.values())
+                    asked = (run.id, model.Verify) in outstanding
+                    turn = run.id in runs._to_prove.get(run.destination, ()) and runs._proving[run.destination]
+                    assert asked or "verify" in timers or turn
+                    assert asked or not run.slot, "what waits for its proof keeps a place"
+        for proving in runs._proving.values():
+            assert proving and all((number, model.Verify) in outstanding for number in proving)
+        assert runs.at_work == sum(run.slot and run.id not in runs._idle for run in runs.open.values())
+
+    @invariant()
+    def what_waits_by_after_starts_after_a_success(self):
+        """What its rule said when its batch closed holds, whatever was edited and crashed since."""
+        if not hasattr(self, "lab"):
+            return
+        ledger = self.lab.ledger
+        good = {n for n in ledger.final if ledger.states[n] in (RunState.SUCCEEDED, RunState.VERIFIED)}
+        for effect in self.lab.asked[self.gates_seen :]:
+            gate = ledger.batches[effect.run].request["after"] if isinstance(effect, model.Start) else None
+            led = gate and any((ledger.batches[n].rule, ledger.batches[n].group) == (1, gate["same"]) for n in good)
+            assert led or not gate, f"run {effect.run} did not wait"
+        self.gates_seen = len(self.lab.asked)
 
     @invariant()
     def numbers_and_alarms_say_what_is(self):
@@ -790,7 +819,7 @@ def _held_with_a_slot(monkeypatch):
     """A run that is held while it is proved keeps its slot."""
     original = Runs._free_slot
     monkeypatch.setattr(
-        Runs, "_free_slot", lambda self, run: None if run.state == RunState.HELD else original(self, run)
+        Runs, "_free_slot", lambda self, run, at: None if run.state == RunState.HELD else original(self, run, at)
     )
 
 
@@ -799,7 +828,7 @@ def _abandoned_and_forgotten(monkeypatch):
 
     def abandoned(self, run, because, at):
         self.out.append(model.RunMoved(run.id, run.state, run.state, because, self.utc(at), final=True))
-        self._free_slot(run)
+        self._free_slot(run, at)
         self._drop(run)
 
     monkeypatch.setattr(Runs, "_abandoned", abandoned)
@@ -840,6 +869,17 @@ def _versions_at_once(monkeypatch):
     monkeypatch.setattr(Runs, "newer_version", lambda self, run_id, path, at: set())
 
 
+def _gate_of_the_rule_in_force(monkeypatch):
+    """A run waits for what its rule says now, and for nothing if it says nothing or is gone."""
+    original = Runs._gated
+
+    def gated(self, run, at):
+        rule = self.rules.get(run.rule)
+        return rule is not None and rule.after is not None and original(self, run, at)
+
+    monkeypatch.setattr(Runs, "_gated", gated)
+
+
 def _suspect_forever(monkeypatch):
     """A hidden doubt has no timer."""
 
@@ -864,6 +904,7 @@ def _failed_sweeps_are_not_repeated(monkeypatch):
         (_tally_of_ends_is_wrong, "existing"),
         (_alarms_stay, "existing"),
         (_versions_at_once, "existing"),
+        (_gate_of_the_rule_in_force, "after"),
         (_suspect_forever, "checked"),
         (_failed_sweeps_are_not_repeated, "include"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import signal
@@ -47,11 +48,16 @@ from trigger_daemon.core.model import (
     Member,
     Ordered,
     ProofKept,
+    ReclaimFile,
+    ReclaimIntended,
+    ReclaimMoved,
+    ReclaimSet,
     Released,
     RulesAccepted,
     RunMoved,
     RunState,
 )
+from trigger_daemon.core.saved import SavedReclaim
 from trigger_daemon.database import alive, holder
 from trigger_daemon.errors import JournalConflict, JournalError, JournalFull
 from trigger_daemon.journal import ClaimReader, Journal, Reader, RootIdentity, migrate
@@ -95,10 +101,10 @@ def moved(run: int, before: str, after: str, *, final: bool = False, at: float =
     return RunMoved(run, RunState(before), RunState(after), f"to {after}", at, final, **more)
 
 
-def finished(number: int, *, at: float) -> list[Effect]:
+def finished(number: int, *names: str, at: float) -> list[Effect]:
     """A run with all its records, from its batch to its proof."""
     return [
-        batch(number, at=at),
+        batch(number, *names, at=at),
         AttemptMade(number, 1, {"id": number}, at),
         moved(number, "PENDING", "STARTING", at=at, attempts=1),
         AttemptChanged(number, 1, handle={"h": number}),
@@ -128,6 +134,7 @@ def dump(path: Path) -> dict[str, list[tuple[Any, ...]]]:
     with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True) as sql:
         tables = [name for (name,) in sql.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         rows = {name: sql.execute(f"SELECT * FROM {name}").fetchall() for name in tables if name != "program"}
+        rows["kept"] = [row for row in rows["kept"] if not str(row[0]).startswith("journal.")]  # where this one lies
     sql.close()
     return rows
 
@@ -178,7 +185,7 @@ def test_all_that_the_engine_restores_comes_back_as_it_was_written(state_dir: Pa
     assert run.attempt is not None
     assert (run.attempt.attempt, run.attempt.prepared, run.attempt.handle) == (2, None, ["h"])
     assert (run.attempt.made_time, run.attempt.ended_time, run.attempt.outcome) == (102.0, None, None)
-    assert saved.kept == {"paused": {"by": "ana"}}
+    assert saved.kept == {"paused": {"by": "ana"}, "witnessed": 0.0}
     assert saved.baselines == {(1, 1): 90.0}
     assert saved.groups == ((1, f'{{"chip":"{ODD}"}}', "taken", 1, 91.0),)
     assert saved.alarms == (("disk", f"disk of {ODD} is full", "free some", 93.0, 96.0, "ana"),)
@@ -606,6 +613,29 @@ def test_a_full_disk_refuses_whole_commits_and_takes_the_same_rows_later(small_d
 
 
 @pytest.mark.serial
+def test_what_the_ballast_leaves_lasts_for_many_small_commits(small_disk: Path) -> None:
+    """Once it was given up, the -wal is put into the database early, and made again it grows as before."""
+    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+    journal = Journal.open(small_disk / "state")
+    journal.keep_ballast()
+    filler = fill(small_disk)
+
+    for number in range(2_000):
+        journal.append([Kept("k", f"{number} " * 100)])
+        if number == 100:
+            journal.reopen()
+    assert journal.ballast_given_up
+
+    filler.unlink()
+    journal.keep_ballast()
+    assert not journal.ballast_given_up
+    for number in range(500):
+        journal.append([Kept("k", f"{number} " * 100)])
+    assert (small_disk / "state" / "journal.db-wal").stat().st_size > 500 * 4_096
+    journal.close()
+
+
+@pytest.mark.serial
 def test_a_full_disk_does_not_stop_a_start(small_disk: Path) -> None:
     """A daemon that starts on a full disk reads its journal, or says JournalFull; then it goes on as soon as it may."""
     state = small_disk / "state"
@@ -918,6 +948,107 @@ def test_thinning_takes_the_details_of_old_final_runs_and_leaves_the_claims(stat
     assert journal.check() == []
 
 
+def test_thinning_spares_what_reclaim_needs_while_the_files_are_there(state_dir: Path, journal: Journal) -> None:
+    """A disk that is not low for a year: proofs outlive `keep_done`. What is spared hides nothing behind it."""
+    journal.append([record for number in range(1, 7) for record in finished(number, at=10.0)])
+    journal.append([Forgotten(1, "s", ("f2",), 500.0)])
+
+    thinned = [journal.thin(500.0, 2, spared={1}) for _ in range(4)]
+    told = {number: Reader(state_dir).run(number) for number in range(1, 7)}
+
+    assert sum(thinned) == 1
+    assert [number for number, run in told.items() if run is None or run["thinned"]] == [2]
+    assert Reader(state_dir).proof_of(1) is not None
+    assert [journal.thin(500.0, 2) for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_a_batch_is_spared_while_any_of_its_files_is_there(state_dir: Path, journal: Journal) -> None:
+    """Whichever files of it somebody has deleted by hand: the others need the proof. Without any it goes."""
+    journal.append(finished(1, "a", "b", "c", at=10.0))
+    journal.append([Forgotten(1, "s", ("a", "b"), 500.0)])
+    assert journal.thin(500.0, 2, spared={1}) == 0
+    assert Reader(state_dir).proof_of(1) is not None
+    journal.append([Forgotten(1, "s", ("c",), 501.0)])
+
+    assert journal.thin(500.0, 2, spared={1}) == 1
+
+
+def test_thinning_looks_for_so_many_files_at_a_time(
+    state_dir: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commits wait for it. What is left is told as more to do, and none is passed over, however large."""
+    monkeypatch.setattr("trigger_daemon.journal.THIN_LOOKS_MAX", 4)
+    names = {number: [f"{number}-{file}" for file in range(5 if number == 2 else 2)] for number in range(1, 8)}
+    for number, of in names.items():
+        journal.append(finished(number, *of, at=float(number)))
+        if number != 4:
+            journal.append([Forgotten(1, "s", tuple(of), 500.0)])
+    portions = []
+    while not portions or portions[-1] == 10:
+        portions.append(journal.thin(500.0, 10, spared={1}))
+
+    assert portions[:-1] == [10] * 4
+    told = {number: Reader(state_dir).run(number) for number in names}
+    assert [number for number, run in told.items() if run is not None and not run["thinned"]] == [4]
+
+
+def test_ended_reclaims_are_thinned_and_open_ones_are_not(journal: Journal) -> None:
+    """The audit is kept as long as runs are."""
+    of = ReclaimSet(1, 1, (ReclaimFile(1, "s/f1", (10, 7, 8, 9), ".h"),), [{"rule": "r", "copies": []}])
+    for number in (1, 2, 3):
+        journal.append([ReclaimIntended(number, of, 10.0)])
+    journal.append([ReclaimMoved(1, "done", "proved", ("gone",), 20.0)])
+    journal.append([ReclaimMoved(2, "confirmed", "", ("aside",), 20.0)])
+
+    saved = journal.load()
+    assert saved.reclaims == (SavedReclaim(2, True, of), SavedReclaim(3, False, of))
+    assert saved.last_reclaim == 3
+    assert [journal.thin(500.0, 10), journal.thin(500.0, 10)] == [1, 0]
+    assert [one.id for one in journal.load().reclaims] == [2, 3]
+    with pytest.raises(JournalConflict, match="not under way"):
+        journal.append([ReclaimMoved(1, "kept", "", (), 30.0)])
+
+
+def test_a_journal_of_schema_1_is_taken_over() -> None:
+    """Made as version 1 made it: it becomes the one that is made now, and what is in it stays."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as sql:
+        journal_module.make_tables(sql)
+        sql.executescript(
+            "DROP INDEX batch_rule; DROP TABLE sole; DROP TABLE reclaim_file; DROP TABLE reclaim;"
+            " ALTER TABLE proof DROP COLUMN witnessed;"
+            " INSERT INTO proof (run, attempt, time, members) VALUES (1, 1, 5.0, '[]'); PRAGMA user_version = 1;"
+        )
+        journal_module.migrate(sql, journal_module.MIGRATIONS)
+        columns = {
+            table: [row[1:4] for row in sql.execute(f"PRAGMA table_info({table})")]
+            for table in ("proof", "reclaim", "reclaim_file", "sole")
+        }
+        indices = {name for (name,) in sql.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+        assert sql.execute("SELECT * FROM proof").fetchall() == [(1, 1, 5.0, "[]", 0.0)]
+        assert sql.execute("PRAGMA user_version").fetchone() == (journal_module.SCHEMA,)
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as sql:
+        journal_module.make_tables(sql)
+        new = {
+            table: [row[1:4] for row in sql.execute(f"PRAGMA table_info({table})")]
+            for table in ("proof", "reclaim", "reclaim_file", "sole")
+        }
+        assert columns == new
+        assert indices == {name for (name,) in sql.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+
+
+def test_a_journal_of_schema_2_is_taken_over(state_dir: Path) -> None:
+    """What version 2 wrote stays, and a rule's runs are found by the index that is made of it."""
+    with closing(Journal.open(state_dir)) as made:
+        made.rule_ids(["r"])
+        made.root_id("/data")
+        made.append(finished(1, at=10.0))
+    with closing(sqlite3.connect(state_dir / "journal.db")) as sql:
+        sql.executescript("DROP INDEX batch_rule; PRAGMA user_version = 2;")
+    with closing(Journal.open(state_dir)) as taken:
+        assert [run for run, _ in taken.ended_well(1, 10)[0]] == [1]
+        assert taken.check() == []
+
+
 def test_claims_of_vanished_files_are_forgotten_once_their_runs_are_old(journal: Journal) -> None:
     """A claim of an open or recent run, or a recent baseline, survives its file; an old one goes with it."""
     journal.append([*finished(1, at=10.0), *finished(2, at=900.0), batch(3, at=10.0)])
@@ -1153,3 +1284,33 @@ def test_a_closed_journal_is_whole_without_its_wal(tmp_path: Path) -> None:
 
     assert sqlite3.connect(copy).execute("SELECT count(*) FROM run").fetchone() == (1,)
     reader.close()
+
+
+@pytest.mark.parametrize("kept", [str.lower, str.upper])
+@pytest.mark.parametrize("asked", [str.lower, str.upper, str.title])
+def test_an_only_copy_is_found_however_its_collection_is_spelled(
+    journal: Journal, kept: Callable[[str], str], asked: Callable[[str], str]
+) -> None:
+    """Also where an earlier version has kept it in capitals; the path is another one in capitals."""
+    there = "globus://{}/raw/a.tif"
+    copies = [{"rule": "r", "copies": [["/data/s/a", there.format(kept("ab-cd")), ""]]}]
+    of = ReclaimSet(1, 1, (ReclaimFile(1, "s/a", (10, 7, 8, 9), ".h"),), copies)
+    journal.append([ReclaimIntended(1, of, 10.0)])
+    journal.append([ReclaimMoved(1, "confirmed", "", ("aside",), 20.0)])
+    digest = hashlib.sha256(there.format(kept("ab-cd")).encode()).digest()
+    with closing(sqlite3.connect(journal.path)) as sql, sql:
+        sql.execute("UPDATE sole SET target = ?", (int.from_bytes(digest[:8], "big", signed=True),))
+    place = there.format(asked("ab-cd"))
+
+    assert journal.sole_copies([place]) == {"/data/s/a": frozenset({(10, 7)})}
+    assert journal.sole_copies([place.replace("raw", "RAW")]) == {}
+
+
+def test_who_has_taken_a_path_is_known_below_every_root(journal: Journal) -> None:
+    """Only who has begun to send it since; what was thinned is not told."""
+    journal.append([*finished(1, at=10.0), *finished(2, at=20.0), batch(3, at=30.0)])
+
+    assert [row[0] for row in journal.taken_as("s", "f1", 5.0)] == [1]
+    assert journal.taken_as("s", "f1", 1_000.0) == journal.taken_as("s", "f9", 0.0) == []
+    assert [number for number, _ in journal.requests_after(1, 10)] == [2, 3]
+    assert journal.requests_after(0, 1)[0][1] == {"action": "copy"}

@@ -30,6 +30,7 @@ def test_explain_gives_the_true_reason(here):
     """Each stage is named, with words that name the cause."""
     data = here.data
     (data / "old.base").write_text("there before")
+    (here.base / "twin").mkdir()
     here.write_rules(
         here.rule("copy", match=["{n}.tif"], ignore=["*_test*"]),
         here.rule("slow", match=["{n}.slow"], complete={"quiescence": "5m"}),
@@ -165,13 +166,49 @@ def test_faults_are_json_too(here):
     assert "existing" in faults[("bad.yaml", 5, 5)]
 
 
+def test_explain_names_who_left_a_file_out_and_takes_several(here):
+    """Who, when and why, from the order; two files in one answer; also with the daemon down."""
+    for name in ("a.tif", "b.tif"):
+        (here.data / name).write_text(name)
+    here.write_rules(here.rule("first", match=["{n}.tif"], complete={"quiescence": "5m"}))
+    here.start()
+    here.until(lambda: here.heartbeat()["rules"][0]["settling"] == 2, 20, "both are seen")
+    here.cli("files", "skip", str(here.data / "a.tif"), "--why", "bad gain")
+    here.cli("files", "skip", str(here.data / "b.tif"))
+    both = [str(here.data / name) for name in ("a.tif", "b.tif")]
+    here.stop()
+    told = here.json("explain", *both)["files"]
+    shown = here.cli("explain", *both).stdout
+
+    assert [one["path"] for one in told] == both
+    because = [one["rules"][0]["because"] for one in told]
+    when = r"left this version out at 20\d\d-\d\d-\d\dT[\d:.]+Z \(files skip\)"
+    assert re.fullmatch(rf"\S+ {when}: bad gain", because[0])
+    assert re.fullmatch(rf"\S+ {when}, without saying why", because[1])
+    assert all(words in shown for words in (*both, *because)) and "\n\n" in shown
+
+
+def test_what_the_text_notes_is_in_the_json_too(here):
+    """Rules that ask for what the settings do not enable, and whose copies lie on the disk of their sources."""
+    here.write_rules(here.rule("first", reclaim={"proven_by": ["first"]}))
+    here.config.write_text(json.dumps(here.settings))
+    notes = here.json("rules", "check")["notes"]
+    shown = here.cli("rules", "check")
+
+    assert any("the settings do not enable it" in words for words in notes)
+    assert len(notes) == 2 and all(words in shown.stderr for words in notes)
+
+
 def test_running_daemon_keeps_its_last_good_rules_and_says_so(here):
     """A fault refuses the whole set, over a restart too; status names its place."""
     here.write_rules(here.rule("first", match=["{n}.tif"]))
     here.start()
-    (here.rules_dir / "rules.yaml").write_text("rules:\n  - nmae: first\n")
+    (here.rules_dir / "rules.yaml").write_text("rules:\n  - nmae: first\n    wacht: /data\n")
     here.until(lambda: here.heartbeat()["rules_fault"] is not None, 20, "the fault is told")
     status = here.json("status")
+    many = len(here.json("rules", "check", check=False)["faults"])
+    assert many > 1 and status["rules_fault"]["faults"] == many
+    assert f"have {many} faults" in here.cli("status").stdout
     assert status["rules_fault"]["line"] == 2 and status["rules_fault"]["file"].endswith("rules.yaml")
     (here.data / "a.tif").write_text("a")
     here.until_verified(1)

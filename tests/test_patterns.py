@@ -61,6 +61,7 @@ def pattern_or_reject(text: str) -> Pattern:
 def naive(pattern: str, path: str) -> bool:
     """Match by plain backtracking, with none of the shortcuts: the model the real one is held to."""
     out, seen, at = "", set(), 0
+    pattern = re.sub(r"\*{3,}", "**", pattern)  # more stars than two say no more
     for token in re.finditer(r"\*\*/|\*\*|\*|\?|\{(\w+)(?::((?:[^{}]|\{[^{}]*\})*))?\}|.", pattern, re.DOTALL):
         text, name = token[0], token[1]
         begins = token.start() == 0 or pattern[token.start() - 1] == "/"
@@ -428,3 +429,23 @@ def test_windows_separators() -> None:
 
     assert with_slashes(text) == r"{s}/Data/{n:\d+}_{{a}}/*.tif"
     assert len(with_slashes(text)) == len(text)
+
+
+def test_a_pattern_is_filled_with_what_is_known() -> None:
+    """What has no value stays as it is written; what has one stands wherever its name does."""
+    pattern = Pattern(r"{day}/{s:[a-z]{2}}/{{x}}_{n}_{day}/**/*.{kind}")
+
+    assert pattern.filled({"day": "mon", "s": "ab"}) == r"mon/ab/{{x}}_{n}_mon/**/*.{kind}"
+    assert pattern.filled({}) == pattern.text
+
+
+@pytest.mark.parametrize("ignore", [(), BUILT_IN_IGNORES, ("*.xml",)])
+def test_no_rule_wants_a_file_under_a_name_that_reclaim_gives(ignore: tuple[str, ...]) -> None:
+    """Also one that wants everything, without any ignores; other names with a dot are its own business."""
+    wants = rule("**", ignore=ignore)
+    hidden = ".trigger-daemon-reclaim-0123456789abcdef-0"
+
+    assert captures_of(wants, f"a/{hidden}") is None
+    assert Matcher([wants]).directory("a").wants(hidden) == ()
+    assert why_not(wants, f"a/{hidden}")[0] == "ignored"
+    assert (captures_of(wants, ".other") is not None) == (ignore != BUILT_IN_IGNORES)

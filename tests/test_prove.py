@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.prove import crashpoints, mutants, recovery
+from tests.oracles import sees_what_is_broken
+from tests.prove import crashpoints, mutants, reclaims, recovery
 from tests.prove.oracle import LAWS, Promise, Scene, judge
 from tests.prove.stage import Writer, content
 from trigger_daemon import failpoints
@@ -129,15 +128,7 @@ BROKEN: list[tuple[Callable[[World], None], set[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("breaking", "laws"), BROKEN, ids=[case.__name__ for case, _ in BROKEN])
-def test_the_oracle_sees_what_is_broken_and_nothing_else(
-    tmp_path: Path, breaking: Callable[[World], None], laws: set[str]
-) -> None:
-    """One thing wrong in an otherwise good world."""
-    world = World(tmp_path)
-    breaking(world)
-
-    assert {violation.law for violation in judge(world.scene, idle=True)} == laws
+test_the_oracle_sees_what_is_broken_and_nothing_else = sees_what_is_broken(World, judge, BROKEN)
 
 
 def test_each_law_has_a_mutant() -> None:
@@ -157,6 +148,8 @@ def test_every_fail_point_is_died_at_or_says_why_not() -> None:
     names = set(failpoints.names())
 
     assert set(crashpoints.NOT_DEATHS) <= names and set(crashpoints.FIRST) <= names and set(crashpoints.QUICK) <= names
+    assert {*crashpoints.points(), *reclaims.points(), *crashpoints.NOT_DEATHS} == names
+    assert set(reclaims.BESIDE) | set(reclaims.AFTER) <= set(reclaims.points()) and set(reclaims.AROUND) <= names
     assert len(names) > 30
 
 

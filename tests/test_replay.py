@@ -21,7 +21,7 @@ from trigger_daemon import simulator, trace
 from trigger_daemon.config import parse_rules
 from trigger_daemon.core import model
 from trigger_daemon.core.rules import Rule
-from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark
+from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark, SavedReclaim
 from trigger_daemon.replay import Report, replay_directory, replay_history, replay_trace
 
 DAY = 1_750_000_000  # a day of 2025, seconds
@@ -275,8 +275,32 @@ def test_many_files_left_for_one_reason_do_not_hide_the_others(tmp_path: Path) -
     told = command(tmp_path / "r.yaml", tmp_path).stdout
 
     assert told.index("z.tif") < told.index(".txt")
-    assert "and 200 more" in " ".join(told.split())
+    assert "and 199 more" in " ".join(told.split())
     assert len(told.splitlines()) < 15
+
+
+def test_a_pattern_that_leaves_out_data_is_not_hidden_behind_junk(tmp_path: Path) -> None:
+    """Each pattern that ignores has a line of its own, and so has each kind of name that fits nothing."""
+    for number in range(20):
+        put(tmp_path / f"{number}.tmp", 0)
+        put(tmp_path / f"{number}.log", 0)
+    put(tmp_path / "again.tif", 0)
+    put(tmp_path / "movie.tiff", 0)
+    (tmp_path / "r.yaml").write_text(json.dumps({"rules": [{**a_rule(watch=str(tmp_path)), "ignore": ["*gain*"]}]}))
+    told = command(tmp_path / "r.yaml", tmp_path).stdout
+
+    assert "again.tif" in told and "movie.tiff" in told
+
+
+def test_a_replay_without_words_is_of_the_rules_in_force_on_what_they_watch(tmp_path: Path) -> None:
+    """`rules replay` alone asks the settings for the rules, and the rules for the directories."""
+    put(tmp_path / "data" / "a.tif", 0)
+    (tmp_path / "rules").mkdir()
+    (tmp_path / "rules" / "r.yaml").write_text(json.dumps({"rules": [a_rule(watch=str(tmp_path / "data"))]}))
+    (tmp_path / "config.yaml").write_text(json.dumps({"rules_dir": str(tmp_path / "rules")}))
+    done = command("--config", tmp_path / "config.yaml")
+
+    assert done.returncode == 0 and "1 batch of 1 file" in done.stdout, done.stderr
 
 
 # ----------------------------------------------------------------------------- traces
@@ -460,6 +484,9 @@ def recorded(path: Path, *facts: model.Fact, **keys: Any) -> trace.Recorder:
 
 FAULT = model.Fault("transient", "later", "wait", model.Scope.DESTINATION, 3.5, False)
 STATE = (1, 2, 3, 4)
+SET = model.ReclaimSet(
+    1, 7, (model.ReclaimFile(1, "d/a\udcff", STATE, ".h"),), ({"copies": [["/d/a", None]]},), due_always=True
+)
 EVERY_FACT = (
     model.Seen(1, "d", [("a\udcff\n", STATE, ((1, 0), (-2, 5))), ("b", None, ())], 1.0, 1.5, "hint", "close", 3),
     model.Unreadable(1, "", ("a", "b"), "Permission denied", 2.0),
@@ -481,7 +508,14 @@ EVERY_FACT = (
     model.Mismatch(1, 1, {"a": "differs"}, 2.0, ("c",)),
     model.CannotVerify(1, 1, FAULT, 2.0),
     model.Order(5, "files.go", {"path": "/data/a"}, "me", "because", 2.0),
-    model.Gauged("/", 5, 10, 2.0, 3),
+    model.Selected((SET,), 3, 2.0, "why"),
+    model.Removed(4, "aside", False, ("aside", ""), "w", "h", 2.0, (("/d/a", "/d/a.kept-1"),)),
+    model.LookedBack(7, 1, [[12, {"chip": "a\udcff"}]], 3, 2.0, "why"),
+    model.Gauged("/", 5, 10, 2.0, 3, 4),
+    model.Gauged("/", 0, 0, 2.0, error="/ is not mounted", away="mount it"),
+    model.Mounted({"/": "", "/data": "/data"}, 2.0),
+    model.Pressed(0.5, None, ("SerialEM",), 2.0),
+    model.Troubled("mqtt", "the broker refuses", "see the password", 2.0),
 )
 
 
@@ -506,7 +540,7 @@ def test_what_the_journal_gave_comes_back_as_it_was(tmp_path: Path) -> None:
     saved = Saved(
         9, (run,), {"paused": "by me"}, {(1, 1): 3.0}, (SavedMark(1, "{}", "taken", 3, 4.0),),
         (SavedAlarm("k", "what", "hint", 1.0, None, None),), [{"file": "f", "text": "t"}],
-        {(1, "HELD"): Count(1, 1, 2)}, {1: "r"}, {1: "/data"},
+        {(1, "HELD"): Count(1, 1, 2)}, {1: "r"}, {1: "/data"}, (SavedReclaim(4, True, SET),), 4,
     )  # fmt: skip
     recorder = trace.Recorder(tmp_path / "t")
     recorder.life(HEADER, saved, 1.5, DAY)
@@ -670,5 +704,6 @@ def test_a_disk_that_hangs_costs_a_bounded_number_of_looks(tmp_path: Path, monke
         if recorder.fault:
             break
     os.close(reader)
+    recorder.close()  # the thread meets the broken pipe
 
-    assert "is too slow" in recorder.fault
+    assert "is too slow" in recorder.fault  # the reason for the end, not what the end met

@@ -32,14 +32,15 @@ def stage(shm_path: Path) -> Iterator[Stage]:
 
 def damage(path: Path, kind: str) -> None:
     """Damage a file as disks, file systems and people do."""
-    size = path.stat().st_size
     match kind:
         case "header":
             with path.open("r+b") as file:
                 file.write(b"\0" * 4_096)
         case "page":
+            with closing(sqlite3.connect(path)) as sql:  # of what a start reads
+                (page,) = sql.execute("SELECT rootpage FROM sqlite_master WHERE name = 'rule_set'").fetchone()
             with path.open("r+b") as file:
-                file.seek(size // 2 // 4_096 * 4_096)
+                file.seek((page - 1) * 4_096)
                 file.write(b"\xa5" * 4_096)
         case "gone":
             path.unlink()
@@ -60,7 +61,7 @@ def test_after_a_recovery_nothing_is_lost_and_nothing_is_started_twice(stage: St
     stage.writer.whole("c/while-down.tif", content("w", 900))
 
     refused = site.cli("serve", check=False)
-    assert refused.returncode == 1 and "journal recover" in refused.stderr, refused.stderr
+    assert refused.returncode == 4 and "journal recover" in refused.stderr, refused.stderr
     told = site.json("journal", "recover", "--send", "copy")
     assert told["left_out"] == ["work"] and told["sent_again"] == ["copy"]
     assert bool(told["aside"]) == (kind != "gone") and told["problems"]
@@ -243,7 +244,7 @@ def test_a_wal_that_was_taken_away_or_damaged_is_noticed(stage: Stage, how: str)
     else:
         wal.write_bytes(bytes(32) + wal.read_bytes()[32:])
     refused = stage.site.cli("serve", check=False)
-    assert refused.returncode == 1 and "journal recover" in refused.stderr
+    assert refused.returncode == 4 and "journal recover" in refused.stderr
     executed = stage.executions.read_bytes()
 
     told = stage.site.json("journal", "recover")

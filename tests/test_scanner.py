@@ -7,6 +7,7 @@ import ctypes
 import errno
 import functools
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -40,9 +41,10 @@ from trigger_daemon.desk import Claim
 from trigger_daemon.hints import Hints, HintSource, WatchLimit
 from trigger_daemon.journal import ClaimReader, Journal
 from trigger_daemon.looks import CHUNK_MAX, CHUNK_S
-from trigger_daemon.roots import EMPTIED_CONFIRM_S, LOCAL_TYPES, Beat, Root
+from trigger_daemon.mounts import LOCAL_TYPES
+from trigger_daemon.roots import EMPTIED_CONFIRM_S, Beat, Root, hashes
 from trigger_daemon.scanner import Scanner
-from trigger_daemon.sweeps import SCOPES_MAX
+from trigger_daemon.sweeps import SCOPES_MAX, Dir
 from trigger_daemon.worker import Stop, Worker
 
 if sys.platform != "linux":
@@ -56,12 +58,13 @@ NEVER_S = 100_000.0
 
 
 class Ledger:
-    """Claims in memory, as the journal's reader answers them; counts how often a whole directory was asked for."""
+    """Claims in memory, as the journal's reader answers them; notes which directories and names were asked for."""
 
     def __init__(self) -> None:
         self.as_of = 7
         self.claims: dict[str, dict[str, list[Claim]]] = {}
         self.joined: list[str] = []
+        self.asked: list[str] = []
         self.broken = ""
 
     def __call__(self) -> Ledger:
@@ -86,6 +89,7 @@ class Ledger:
     def names(self, root: int, dir: str, names: Sequence[str]) -> tuple[int, Mapping[str, Sequence[Claim]]]:
         if self.broken:
             raise RuntimeError(self.broken)
+        self.asked += names
         known = self.claims.get(dir, {})
         return self.as_of, {name: known[name] for name in names if name in known}
 
@@ -564,6 +568,133 @@ def test_a_settled_directory_is_not_joined_again_until_it_changes(bench: Callabl
     assert names_of(b.sweep(full=True)[1]) == ["1.tif"]
 
 
+def test_only_what_changed_or_appeared_is_joined(bench: Callable[..., Bench], root: Path) -> None:
+    """Of 2,500 claimed files one changed, one came and one came and was claimed: two are handed on, and besides these
+    three only some of their neighbours are joined."""
+    names = [f"{number}.tif" for number in range(2 * CHUNK_MAX + CHUNK_MAX // 2)]
+    for name in names:
+        (root / name).touch()
+    b = bench()
+    for name in names:
+        b.ledger.claim(root, name)
+    b.opened()
+    b.ledger.joined.clear()
+
+    (root / "1200.tif").write_bytes(b"x")
+    (root / "new.tif").touch()
+    (root / "taken.tif").touch()
+    b.ledger.claim(root, "taken.tif")
+
+    assert names_of(b.sweep(full=True)[1]) == ["1200.tif", "new.tif"]
+    assert b.ledger.joined == []
+    assert {"1200.tif", "new.tif", "taken.tif"} <= set(b.ledger.asked)
+    assert len(b.ledger.asked) < 250
+
+    b.ledger.asked.clear()
+    b.ledger.claim(root, "new.tif")
+    assert names_of(b.sweep(full=True)[1]) == ["1200.tif"]
+    assert b.ledger.joined == []
+    assert len(b.ledger.asked) < 100
+
+
+def test_a_sweep_of_names_leaves_the_rest_settled(bench: Callable[..., Bench], root: Path) -> None:
+    """A directory that was listed because a name came is not joined as a whole by the next full sweep."""
+    for number in range(500):
+        (root / f"{number}.tif").touch()
+    b = bench()
+    for number in range(500):
+        b.ledger.claim(root, f"{number}.tif")
+    b.opened()
+    b.ledger.joined.clear()
+    (root / "new.tif").touch()
+
+    assert names_of(b.sweep(full=False)[1]) == ["new.tif"]
+    b.ledger.asked.clear()
+    assert names_of(b.sweep(full=True)[1]) == ["new.tif"]
+    assert b.ledger.joined == []
+    assert len(b.ledger.asked) < 100
+
+
+def test_names_that_were_met_before_are_not_matched_again() -> None:
+    """A directory in which one name came and one went costs one match."""
+    matched: list[str] = []
+
+    def wants(name: str) -> tuple[int, ...]:
+        matched.append(name)
+        return (1,) if name.endswith(".tif") else ()
+
+    def listed(*names: str) -> Dir:
+        return Dir(0, 0, 0, hashes(names), 0.0)
+
+    before, now = listed("a.tif", "b.txt", "c.tif"), listed("d.tif", "c.tif", "b.txt")
+    before.match(None, ["a.tif", "b.txt", "c.tif"], wants)
+    matched.clear()
+    now.match(before, ["d.tif", "c.tif", "b.txt"], wants)
+
+    assert (matched, list(now.flags or b"")) == (["d.tif"], [1, 1, 0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_full_sweep_hands_on_what_is_unclaimed_whatever_came_before(
+    bench: Callable[..., Bench], root: Path, seed: int
+) -> None:
+    """Writes, replacements, removals, claims, hints and sweeps in any order: nothing missed, nothing that was claimed
+    handed on, and every claimed name that is gone is told."""
+    draw = random.Random(seed)
+    folder = root / "s"
+    folder.mkdir()
+    b = bench()
+    for number in range(100):
+        (folder / f"{number}.tif").touch()
+        b.ledger.claim(root, f"s/{number}.tif")
+    claims = b.ledger.claims["s"]
+    b.opened()
+
+    def act(what: str, name: str) -> None:
+        there = (folder / name).exists()
+        if what == "write":
+            (folder / name).write_bytes(b"x" * draw.randrange(100))
+        elif what == "replace":
+            (folder / "next.tmp").write_bytes(b"x" * draw.randrange(100))
+            (folder / "next.tmp").rename(folder / name)
+        elif what == "remove" and there:
+            (folder / name).unlink()
+        elif what == "claim" and there:
+            b.ledger.claim(root, f"s/{name}")
+        elif what == "forget" and not there:
+            claims.pop(name, None)
+        elif what == "hint" and there:
+            b.told.names("s", "none", name)
+            b.next(Seen, lambda fact: fact.cause == "hint")
+        elif what == "names":
+            b.sweep(full=False)
+
+    for _ in range(80):
+        some = [f"{draw.randrange(120)}.tif" for _ in range(3)]
+        for _ in range(draw.choice([0, 1, 2, 10])):
+            what = draw.choice(["write", "write", "replace", "remove", "claim", "claim", "forget", "hint", "names"])
+            act(what, draw.choice(some))
+        wanted = {
+            path.name
+            for path in folder.iterdir()
+            if (st := path.lstat())
+            and not any(row[1:3] == (st.st_size, st.st_mtime_ns) for row in claims.get(path.name, ()))
+        }
+        gone = {f"s/{name}" for name in claims if not (folder / name).exists()}
+        begin = len(b.core.facts)
+        _, seen = b.sweep(full=True)
+        b.sweep(full=False)  # ends after what the full one tells of what is gone
+        told = {
+            f"{fact.dir}/{name}"
+            for fact in b.core.facts[begin:]
+            if isinstance(fact, Vanished)
+            for name in fact.names or ()
+        }
+
+        assert names_of(seen) == sorted(f"s/{name}" for name in wanted)
+        assert told == gone
+
+
 def test_a_new_rule_sees_what_another_has_claimed(bench: Callable[..., Bench], root: Path) -> None:
     """Other rules, other wants: a settled directory is joined again, by a full sweep at once."""
     (root / "a.tif").touch()
@@ -697,12 +828,15 @@ def test_sweeps_come_by_themselves(bench: Callable[..., Bench], root: Path) -> N
     b.next(Swept, lambda fact: fact.full)
 
 
-def test_rows_never_carry_claims_older_than_a_mark(bench: Callable[..., Bench], root: Path) -> None:
-    """Claims read before `Marked` are read again before they are joined after it."""
+@pytest.mark.parametrize("met", [False, True])
+def test_rows_never_carry_claims_older_than_a_mark(bench: Callable[..., Bench], root: Path, met: bool) -> None:
+    """Claims read before `Marked` are read again before they are joined after it, in directories new and known."""
     names = [f"{number:04}.tif" for number in range(2 * CHUNK_MAX)]
     for name in names:
         (root / name).touch()
-    b = bench().opened()
+    b = bench()
+    if met:
+        b.opened()
 
     def commit_and_mark(fact: Fact) -> None:
         """A batch is committed, and marked, while the first of two chunks of a directory is on its way."""
@@ -711,8 +845,12 @@ def test_rows_never_carry_claims_older_than_a_mark(bench: Callable[..., Bench], 
             b.scanner.mark(Mark(1))
 
     b.core.on_post = commit_and_mark
-    _, seen = b.sweep(full=True)
-    assert seen[0].as_of == 7
+    if met:
+        b.sweep(full=True)
+    else:
+        b.opened()
+    rows = [fact.as_of for fact in b.core.facts if isinstance(fact, Seen)]
+    assert (rows[0], len(rows)) == (7, 4 if met else 2)
 
     at = next(index for index, fact in enumerate(b.core.facts) if isinstance(fact, Marked))
     marked = b.core.facts[at]
@@ -775,6 +913,51 @@ def test_a_full_sweep_tells_claimed_names_that_are_gone(bench: Callable[..., Ben
     b.sweep(full=True)
     b.wait(lambda: len(b.vanished()) == 2)
     assert {(fact.dir, fact.names) for fact in b.vanished()} == {("a", ("x.tif",)), ("b", None)}
+
+
+def test_what_only_a_hint_has_met_is_told_when_it_is_gone(bench: Callable[..., Bench], root: Path) -> None:
+    """A file that came, was claimed and went between two sweeps leaves its directory as it was, and yet a claim."""
+    (root / "a.tif").touch()
+    (root / "b.tif").touch()
+    b = bench()
+    b.ledger.claim(root, "a.tif")
+    b.ledger.claim(root, "b.tif")
+    b.opened()
+    (root / "c.tif").touch()
+    b.told.names("", "none", "c.tif")
+    b.next(Seen)
+    b.ledger.claim(root, "c.tif")
+    (root / "c.tif").unlink()
+
+    b.sweep(full=True)
+
+    b.wait(lambda: [fact.names for fact in b.vanished()] == [("c.tif",)])
+
+
+def test_a_file_that_stays_under_a_hidden_name_is_told_with_the_name_it_had(
+    bench: Callable[..., Bench], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal from a backup does not know that reclaim renamed it; what is hidden for a moment is not told."""
+    monkeypatch.setattr("trigger_daemon.sweeps.TICK_S", 0.05)
+    for name in ("a/x.tif", "a/y.tif"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(name * (1 + ("y" in name)))
+    b = bench()
+    b.ledger.claim(root, "a/x.tif")
+    b.ledger.claim(root, "a/y.tif")
+    hidden = root / "a/.trigger-daemon-reclaim-0123456789abcdef-0"
+    (root / "a/x.tif").rename(hidden)
+    b.opened()
+
+    def told() -> str:
+        b.sweep(full=False)
+        return next((fact.why for fact in b.core.facts if isinstance(fact, RootChanged) and fact.why), "")
+
+    why = b.wait(told)
+    assert f"{hidden} (was x.tif)" in why and "y.tif" not in why
+    hidden.rename(root / "a/x.tif")
+    b.sweep(full=False)
+    assert b.health("ok").why == ""
 
 
 def test_a_directory_that_cannot_be_read_hides_nothing_of_its_siblings(
@@ -917,6 +1100,27 @@ def test_half_of_the_top_gone_at_once_is_suspect_until_accepted(bench: Callable[
     b.health("returned")
     assert b.next(Swept).ok
     b.wait(lambda: len(b.vanished()) == 6)
+
+
+def test_what_we_take_away_ourselves_is_no_sign_of_a_lost_root(bench: Callable[..., Bench], root: Path) -> None:
+    """Reclaim may empty a directory at once; what it did not announce is doubted as ever, in the same look."""
+    names = [f"a{number}.tif" for number in range(20)]
+    for name in names:
+        (root / name).touch()
+    b = bench()
+    for name in names:
+        b.ledger.claim(root, name)
+    b.opened()
+    b.scanner.expect_gone(1, names[:12])
+    for name in names[:12]:
+        (root / name).unlink()
+    b.scanner.sweep(Sweep(1, True, 1))
+    assert b.next(Swept).ok
+
+    for name in names[12:17]:
+        (root / name).unlink()
+    b.scanner.sweep(Sweep(1, True, 2))
+    assert "5 of 8 entries" in b.health("suspect").why
 
 
 def test_a_local_root_that_stays_emptied_was_emptied_on_purpose(root: Path) -> None:

@@ -41,7 +41,7 @@ BUSY_S = 0.2  # the daemon's wait for another writer; then it goes on and tries 
 LOCKED_MAX_S = 30.0  # a writer that holds the file this long is stopped or dead: its file is thrown away
 RECREATE_PERIOD_S = 10.0  # a bad disk would have it made anew at every beat
 CLIENT_BUSY_S = 2.0
-PERIOD_S = 0.3  # how often orders are looked for: they are to be answered within a second
+PERIOD_S = 0.5  # how often orders are looked for: they are to be answered within a second
 BEAT_S = 2.0
 TAKE_MAX = 100  # orders taken at once
 ANSWERS_MAX = 1_000  # answers that wait for the file; TAKE_MAX orders at a time cannot make more in practice
@@ -97,6 +97,8 @@ class Control:
         self._guard = threading.Lock()  # of what other threads hand in
         self._answers: dict[int, str] = {}
         self._snapshot: Mapping[str, Any] = {}
+        self._shown: Mapping[str, Any] | None = None  # by the daemon's thread
+        self._beaten: Mapping[str, Any] | None = None  # by the serving one
         self._news = threading.Event()
         self._sql: sqlite3.Connection | None = None
         self._inode = 0
@@ -145,7 +147,7 @@ class Control:
 
     def show(self, snapshot: Mapping[str, Any]) -> None:
         """Hand over what the next heartbeat says. JSON; not to be changed afterwards."""
-        self._snapshot = snapshot
+        self._snapshot = self._shown = snapshot
 
     def answer(self, id: int, answer: Mapping[str, Any]) -> None:
         """Hand over the answer to an order; the serving thread writes it soon, however long the file is locked."""
@@ -163,6 +165,8 @@ class Control:
         beaten = self._try(
             lambda sql: sql.execute("INSERT OR REPLACE INTO heartbeat (id, time, snapshot) VALUES (1, ?, ?)", row)
         )
+        if beaten is not None:
+            self._beaten = snapshot
         self._bound()
         return beaten is not None
 
@@ -184,11 +188,13 @@ class Control:
         return orders or []
 
     def flush(self) -> bool:
-        """Write the answers that wait; False if the file is locked just now."""
+        """Write the answers that wait, after what was shown before them; False if the file is locked just now."""
         with self._guard:
             answers = dict(self._answers)
         if not answers:
             return True
+        if (shown := self._shown) is not None and shown is not self._beaten and not self.beat(shown):
+            return False  # who has an answer and asks for the status is not told of a time before it
         now = self._clock.utc()
         rows = [(answer, now, id) for id, answer in answers.items()]
         if self._try(lambda sql: _answered(sql, rows)) is None:

@@ -12,6 +12,7 @@ import fcntl
 import grp
 import json
 import os
+import pwd
 import sqlite3
 import time
 from collections.abc import Callable
@@ -116,6 +117,8 @@ def fault_of(error: sqlite3.Error, path: Path) -> JournalError:
     if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and _refuses_bytes(path.parent) in NO_ROOM):
         return JournalFull(f"no room for {path}", hint="free space on its file system; the work waits and goes on then")
     if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        if kept_out := _kept_out(path):
+            return JournalIo(kept_out[0], hint=kept_out[1])
         return JournalIo(f"the disk failed under {path}: {error}", hint="look at the disk and its mount (dmesg)")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return damaged(path, str(error))
@@ -124,6 +127,33 @@ def fault_of(error: sqlite3.Error, path: Path) -> JournalError:
     if code == sqlite3.SQLITE_CONSTRAINT:
         return JournalConflict(f"{path} refuses a record: {error}", hint="this is a bug; please report it")
     return JournalError(f"{path}: {error}")
+
+
+def _kept_out(path: Path) -> tuple[str, str] | None:
+    """Return why this user cannot write a file of the state directory, and what to do; None: the disk is to blame."""
+    directory = path.parent
+    try:
+        if os.statvfs(directory).f_flag & os.ST_RDONLY:
+            hint = (
+                "mount it for writing (dmesg tells what the disk has met); a service writes only where its unit lets"
+                f" it: `systemctl edit trigger-daemon`, ReadWritePaths={directory}"
+            )
+            return f"{directory} is read-only", hint
+        for file in (directory, path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+            if not absent(file) and not os.access(file, os.R_OK | os.W_OK):
+                owner, us = _user_of(file.stat().st_uid), _user_of(os.geteuid())
+                words = f"{file} cannot be written by {us}, it is {owner}'s"
+                return words, f"the daemon's user must own {directory} and all in it: chown -R USER: {directory}"
+    except OSError:
+        pass
+    return None
+
+
+def _user_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 def last_batch(state_dir: Path) -> int:
@@ -204,8 +234,32 @@ def _group_of(directory: Path) -> str:
 # ------------------------------------------------------------------------ reading
 
 
-def ask(path: Path, question: Callable[[sqlite3.Connection], T]) -> T:
-    """Ask one question in one read transaction, on a connection that ends with it.
+class Line:
+    """A connection for many questions, of one thread: to open one takes longer than most questions."""
+
+    def __init__(self) -> None:
+        self._open: tuple[tuple[str, int], sqlite3.Connection] | None = None
+
+    def take(self, path: Path, mode: str) -> sqlite3.Connection:
+        """Return a connection to what is at `path` now."""
+        try:
+            key = mode, os.stat(path).st_ino
+        except OSError:
+            key = mode, 0  # to connect tells it
+        if self._open is not None and self._open[0] != key:
+            self.close()
+        if self._open is None:
+            self._open = key, _connect(path, mode)
+        return self._open[1]
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+
+def ask(path: Path, question: Callable[[sqlite3.Connection], T], line: Line | None = None) -> T:
+    """Ask one question in one read transaction, on a connection that ends with it, or on that of `line`.
 
     Creates and writes nothing, also when the daemon is down and its -wal and
     -shm are gone. Raises JournalError (absent, not permitted, damaged).
@@ -215,7 +269,7 @@ def ask(path: Path, question: Callable[[sqlite3.Connection], T]) -> T:
         tries += 1
         mode = _reading_mode(path)
         try:
-            answer = _ask_once(path, mode, question)
+            answer = _ask_once(path, mode, question, line)
         except sqlite3.Error as error:
             if tries < ASK_TRIES_MAX and os.access(path, os.R_OK):
                 code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -247,15 +301,23 @@ def _reading_mode(path: Path) -> str:
     return "immutable=1" if wal == 0 else "cache=private"  # a -wal alone (a copied journal): SQLite must make the -shm
 
 
-def _ask_once(path: Path, mode: str, question: Callable[[sqlite3.Connection], T]) -> T:
-    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro&{mode}", uri=True, isolation_level=None, timeout=READ_BUSY_S)
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.as_uri()}?mode=ro&{mode}", uri=True, isolation_level=None, timeout=READ_BUSY_S)
+
+
+def _ask_once(path: Path, mode: str, question: Callable[[sqlite3.Connection], T], line: Line | None) -> T:
+    mine = Line() if line is None else line
+    answered = False
     try:
+        connection = mine.take(path, mode)
         connection.execute("BEGIN")
         answer = question(connection)
         connection.execute("COMMIT")
+        answered = True
         return answer
     finally:
-        connection.close()
+        if line is None or not answered:
+            mine.close()
 
 
 # --------------------------------------------------------------------------- lock
@@ -289,9 +351,10 @@ class DaemonLock:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         except OSError as error:
-            raise JournalError(
-                f"cannot open {path}: {error.strerror}", hint=f"the daemon's user must own {state_dir}"
-            ) from error
+            if error.errno in NO_ROOM:
+                raise JournalFull(f"no room for {path}", hint="free space on its file system") from error
+            why, hint = _kept_out(path) or (f"cannot open {path}: {error.strerror}", "look at the disk and its mount")
+            raise JournalError(why, hint=hint) from error
         for attempt in range(LOCK_TRIES_MAX):
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

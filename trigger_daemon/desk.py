@@ -18,7 +18,8 @@ from trigger_daemon.core.patterns import Matcher
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.hints import HintSource, WatchLimit
 from trigger_daemon.looks import ABSENT, CHUNK_MAX, TROUBLE, Listing, Looked, list_directory, look, stat_directory
-from trigger_daemon.roots import LOCAL_TYPES, Beat, Identity, Root
+from trigger_daemon.mounts import LOCAL_TYPES
+from trigger_daemon.roots import Beat, Identity, Root
 
 CHECK_S = 5.0  # between two looks at the root itself while nothing else asks for one
 WORDS_MAX = 200  # of a path in a sentence: paths may have 4,096 bytes and more

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -36,6 +37,9 @@ class _Planned:
                 os.kill(os.getppid(), signal.SIGKILL)
             case "hang":
                 time.sleep(1e6)
+            case "stop":  # until a test, which has done its worst meanwhile, lets it go on
+                # To this thread: another one that is to stop all may take its time, and this one would go on.
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
             case "flag":
                 return True
             case word:
@@ -48,9 +52,9 @@ def _plan(text: str) -> dict[str, _Planned]:
     """Read `name:action[@visit]`, comma separated; raise ValueError for anything else."""
     planned = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch(r"([a-z0-9_.]+):(kill|kill_parent|hang|flag|e[a-z0-9]+)(?:@(\d+))?", item)
+        found = re.fullmatch(r"([a-z0-9_.]+):(kill|kill_parent|hang|stop|flag|e[a-z0-9]+)(?:@(\d+))?", item)
         if not found or (found[2].startswith("e") and not hasattr(errno, found[2].upper())):
-            raise ValueError(f"TRIGGER_FAIL: {item!r} is not NAME:kill|kill_parent|hang|flag|ERRNO[@VISIT]")
+            raise ValueError(f"TRIGGER_FAIL: {item!r} is not NAME:kill|kill_parent|hang|stop|flag|ERRNO[@VISIT]")
         planned[found[1]] = _Planned(found[2], int(found[3] or 0))
     return planned
 

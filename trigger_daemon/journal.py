@@ -9,6 +9,8 @@ delays a commit.
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import io
 import operator
 import os
@@ -16,11 +18,11 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from trigger_daemon import __version__
 from trigger_daemon.ballast import Ballast
@@ -45,13 +47,19 @@ from trigger_daemon.core.model import (
     Member,
     Ordered,
     ProofKept,
+    ReclaimFile,
+    ReclaimIntended,
+    ReclaimMoved,
+    ReclaimSet,
     Released,
+    Renewed,
     RulesAccepted,
     RunMoved,
     RunState,
+    join,
     split,
 )
-from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark
+from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark, SavedReclaim
 from trigger_daemon.database import (
     DIRECTORY_MODE,
     FILE_MODE,
@@ -71,7 +79,7 @@ from trigger_daemon.database import (
     to_number,
     to_text,
 )
-from trigger_daemon.errors import JournalConflict, JournalError, JournalFull, JournalIo
+from trigger_daemon.errors import JournalConflict, JournalDamaged, JournalError, JournalFull, JournalIo
 from trigger_daemon.failpoints import fail_point
 from trigger_daemon.mounts import mount_of, remote
 from trigger_daemon.reader import Reader, faults_of, members_of
@@ -82,29 +90,92 @@ __all__ = [
 ]  # fmt: skip
 
 APPLICATION_ID = 0x54524744  # "TRGD": tells our file from any other SQLite file
-SCHEMA = 1  # PRAGMA user_version of journal.sql
+SCHEMA = 3  # PRAGMA user_version of journal.sql
 
 # Step i takes a journal of schema i + 1 to i + 2, all steps in one transaction.
-MIGRATIONS: tuple[str, ...] = ()
+MIGRATIONS: tuple[str, ...] = (
+    """
+    ALTER TABLE proof ADD COLUMN witnessed REAL NOT NULL DEFAULT 0;
+    CREATE TABLE reclaim (
+        id INTEGER PRIMARY KEY, rule INTEGER NOT NULL, run INTEGER NOT NULL, state TEXT NOT NULL, because TEXT NOT NULL,
+        bytes INTEGER NOT NULL, proofs TEXT NOT NULL, made_time REAL NOT NULL, changed_time REAL NOT NULL
+    );
+    CREATE INDEX reclaim_open ON reclaim (id) WHERE state IN ('intended', 'confirmed');
+    CREATE INDEX reclaim_ended ON reclaim (changed_time);
+    CREATE TABLE reclaim_file (
+        root INTEGER NOT NULL, path BLOB NOT NULL, reclaim INTEGER NOT NULL REFERENCES reclaim, number INTEGER NOT NULL,
+        size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
+        hidden BLOB NOT NULL, place TEXT NOT NULL DEFAULT '', PRIMARY KEY (root, path, reclaim)
+    ) WITHOUT ROWID;
+    CREATE INDEX reclaim_file_set ON reclaim_file (reclaim, number);
+    CREATE TABLE sole (target INTEGER NOT NULL, reclaim INTEGER NOT NULL, PRIMARY KEY (target, reclaim)) WITHOUT ROWID;
+    CREATE INDEX sole_reclaim ON sole (reclaim);
+    """,
+    """
+    CREATE INDEX batch_rule ON batch (rule);
+    """,
+)
 
 WITNESS = "journal.made"
+_HOME, _BACKUP = "journal.home", "journal.backup"  # kept by the journal itself
 
 WRITE_BUSY_S = 5.0  # only a person with sqlite3 can hold the write lock; he gets this long
 CHECKPOINT_PAGES = 4_000  # 16 MiB of -wal: a checkpoint costs two syncs, so not after each few commits
+CHECKPOINT_PAGES_NO_ROOM = 50  # or a -wal that grows to 16 MiB first would soon eat what the ballast has left
 WAL_KEPT_BYTES = 64 * 2**20  # what a -wal that a stopped reader made grow is cut back to
 CACHE_KIB = 8_192
 DIRS_CACHED_MAX = 20_000  # directories in use at once; some 200 bytes each
-NAMES_AT_ONCE = 100  # in one statement, always as many, so that it is prepared once
+NAMES_AT_ONCE = 100  # in one statement; sqlite3 keeps 128 statements prepared, so one for each count
 DIRECTORIES_PAGE = 1_000  # directories read in one transaction, so that no snapshot lasts
+RUNS_PAGE = 1_000  # runs read in one transaction
+THIN_LOOKS_MAX = 100_000  # files of spared batches that are looked for in one transaction, some 0.3 s
 RULE_SETS_KEPT = 50  # by thinning; the newest is in force, the others are for people
 
 T = TypeVar("T")
+
+def one_spelling(to: str, letters: Callable[[str], str] = str.lower) -> str:
+    """Return a copy's place with its collection in small letters: a UUID may be spelled in any way."""
+    scheme, mark, rest = to.partition("://")
+    if not mark or "/" in scheme:
+        return to
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{letters(host)}{slash}{path}"
+
+
+def target_key(to: str) -> int:
+    """Return what a copy's place is known by: 64 bits of a hash."""
+    return _key(one_spelling(to))
+
+
+def _key(to: str) -> int:
+    return int.from_bytes(hashlib.sha256(to.encode("utf-8", "surrogateescape")).digest()[:8], "big", signed=True)
+
+
+_ENDED_WELL = (
+    "SELECT batch.id, captures, iif(captures = '{}', request, NULL), request IS NULL,"
+    " final AND state IN ('SUCCEEDED', 'VERIFIED')"
+    " FROM batch INDEXED BY batch_rule JOIN run ON run.id = batch.id"
+    " WHERE batch.rule = ? AND batch.id < ? ORDER BY batch.id DESC LIMIT ?"
+)
 
 # What claims one directory has: name -> [(rule, size, mtime_ns, batch)]
 Claims = dict[str, list[tuple[int, int, int, int]]]
 
 
 _MEMBER = operator.attrgetter("root", "dir", "name", "size", "mtime_ns", "role", "flag", "content")
+
+
+class ClaimedAs(Protocol):
+    """A file version, as a request names it: the root is absolute."""
+
+    @property
+    def root(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
 
 
 class RootIdentity(NamedTuple):
@@ -129,6 +200,7 @@ class Journal:
         self._dirs: OrderedDict[tuple[int, str], int] = OrderedDict()
         self._broken = False
         self._closed = False
+        self._thinned_to = (0.0, 0)  # closing time and number of the last run that thinning has looked at
         self._ballast = Ballast(state_dir)
         self.ballast_given_up = False  # the disk was full, and has no room for it yet
         self._last = _open_last(state_dir)
@@ -207,6 +279,8 @@ class Journal:
         with self._reading, self._writing:
             self._disconnect()
             self._connect()
+            if self.ballast_given_up:
+                self._checkpoint_each(CHECKPOINT_PAGES_NO_ROOM)
 
     # ----------------------------------------------------------------- writing
 
@@ -245,15 +319,20 @@ class Journal:
         with self._writing:
             self._transact(lambda writer: writer.one(change, *row))
 
-    def thin(self, before_utc: float, limit: int) -> int:
+    def thin(self, before_utc: float, limit: int, spared: Collection[int] = ()) -> int:
         """Take manifest, request, attempts, transitions and proof from at most `limit` runs final before then.
 
-        Their numbers and claims stay. Old cleared alarms, orders and rule sets
-        go as well. Returns how many runs were thinned: call again while it is
-        `limit`.
+        Their numbers and claims stay. Old cleared alarms, orders, rule sets
+        and reclaims go as well. Runs of `spared` rules stay whole as long as
+        their files are there: without the proof, reclaim could never take
+        those. Returns how many were thinned, `limit` if there is more to look
+        at: call again then.
         """
         with self._writing:
-            return self._transact(lambda writer: writer.thin(before_utc, limit))
+            thinned, self._thinned_to = self._transact(
+                lambda writer: writer.thin(before_utc, limit, frozenset(spared), self._thinned_to)
+            )
+            return thinned
 
     # ----------------------------------------------------------------- reading
 
@@ -262,6 +341,7 @@ class Journal:
         with self._writing:
             if self._ballast.keep():
                 self.ballast_given_up = False
+                self._checkpoint_each(CHECKPOINT_PAGES)
 
     def load(self) -> Saved:
         """Return what the engine restores, in one snapshot; done work and manifests are not read."""
@@ -287,6 +367,102 @@ class Journal:
             self._column("SELECT request FROM batch WHERE id = ?", batch, "request")
         )
         return request
+
+    def requests_after(self, batch: int, limit: int) -> list[tuple[int, Mapping[str, Any]]]:
+        """Return the next batches that have not been thinned, by number, with their requests."""
+        rows = self._rows(
+            "SELECT id, request FROM batch WHERE id > ? AND request IS NOT NULL ORDER BY id LIMIT ?", (batch, limit)
+        )
+        return [(id, from_json(request)) for id, request in rows]
+
+    def ended_well(self, rule: int, most: int) -> tuple[list[tuple[int, dict[str, str]]], int]:
+        """Return a rule's runs that ended well, of each group the newest, with their captures; the newest first.
+
+        Read page by page, so that no snapshot lasts; only that rule's are read, and no more after `most` groups. And
+        how many there are whose captures were thinned: a run of one file has them in its request alone.
+        """
+        newest: dict[str, tuple[int, dict[str, str]]] = {}
+        lost, before = 0, 2**62
+        while len(newest) < most:
+            rows = self._rows(_ENDED_WELL, (rule, before, RUNS_PAGE))
+            for id, group, request, thinned, well in rows:
+                if well:
+                    captures = from_json(group) if request is None else from_json(request)["captures"]
+                    lost += bool(thinned) and not captures
+                    newest.setdefault(to_json(sorted(captures.items())), (id, captures))
+            if len(rows) < RUNS_PAGE:
+                break
+            before = rows[-1][0]
+        return list(newest.values()), lost
+
+    def taken_as(self, dir: str, name: str, since_time: float) -> list[tuple[int, str, str, int, int]]:
+        """Return who has taken a file of this path below any root, and has begun to send it since a time (UTC).
+
+        Each with its batch, root, path, size and mtime_ns; a thinned batch is not among them.
+        """
+        rows = self._rows(
+            "SELECT claim.batch, root.path, claim.size, claim.mtime_ns FROM root JOIN dir ON dir.root = root.id"
+            " JOIN claim ON claim.dir = dir.id JOIN batch ON batch.id = claim.batch"
+            " WHERE dir.path = ? AND claim.name = ? AND batch.request IS NOT NULL"
+            " AND EXISTS (SELECT 1 FROM attempt WHERE attempt.run = claim.batch AND made_time >= ?)",
+            (to_name(dir), to_name(name), since_time),
+        )
+        path = join(dir, name)
+        return [(batch, from_name(root), path, size, from_number(mtime_ns)) for batch, root, size, mtime_ns in rows]
+
+    def has_sole_copies(self) -> bool:
+        """Say whether any copy is all that is left of a file, or may be."""
+        return bool(self._rows("SELECT 1 FROM sole UNION SELECT 1 FROM kept WHERE key = ? LIMIT 1", (_BACKUP,)))
+
+    def sole_copies(self, names: Collection[str]) -> dict[str, frozenset[tuple[int, int]]]:
+        """Return what was deleted here and has its copy at a target: path -> its versions, size and mtime_ns.
+
+        `names`: all that the target is known by.
+        """
+        found: dict[str, frozenset[tuple[int, int]]] = {}
+        # Also in capitals, as an earlier version may have kept it.
+        keys = {_key(one_spelling(name, letters)) for name in names for letters in (str.lower, str.upper)}
+        with self._reading:
+            try:
+                for id, proofs in self._read.execute(
+                    "SELECT DISTINCT id, proofs FROM sole JOIN reclaim ON id = sole.reclaim"
+                    f" WHERE target IN ({','.join('?' * len(keys))})",
+                    tuple(keys),
+                ).fetchall():
+                    for path in _copied_to(from_json(proofs), names):
+                        found[path] = found.get(path, frozenset()) | self._versions_gone(id, path)
+            except sqlite3.Error as error:
+                raise fault_of(error, self.path) from error
+        return found
+
+    def doubted(self, file: ClaimedAs, rules: Collection[int]) -> frozenset[tuple[int, int]]:
+        """Return earlier versions of a file that may have been deleted here, unknown to a journal from a backup.
+
+        `rules`: those whose proof lets files go. What they proved before the backup was made may be gone since.
+        """
+        found = self._rows("SELECT value FROM kept WHERE key = ?", (_BACKUP,))
+        if not found:
+            return frozenset()
+        directory, name = split(file.path)
+        numbers = [number for rule in rules for number in (rule, RIDER + rule)]
+        rows = self._rows(
+            "SELECT size, mtime_ns FROM claim JOIN dir ON dir.id = claim.dir JOIN root ON root.id = dir.root"
+            " JOIN run ON run.id = claim.batch WHERE root.path = ? AND dir.path = ? AND claim.name = ?"
+            f" AND claim.batch <= ? AND run.state = 'VERIFIED' AND claim.rule IN ({','.join('?' * len(numbers))})",
+            (to_name(file.root), to_name(directory), to_name(name), from_json(found[0][0]), *numbers),
+        )
+        versions = ((size, from_number(mtime_ns)) for size, mtime_ns in rows)
+        return frozenset(version for version in versions if version != (file.size, file.mtime_ns))
+
+    def _versions_gone(self, reclaim: int, whole: str) -> frozenset[tuple[int, int]]:
+        rows = self._read.execute(
+            "SELECT root.path, file.path, size, mtime_ns FROM reclaim_file AS file JOIN root ON root.id = file.root"
+            " WHERE reclaim = ?", (reclaim,),
+        )  # fmt: skip
+        return frozenset(
+            (size, from_number(mtime_ns)) for root, path, size, mtime_ns in rows
+            if f"{from_name(root).rstrip('/')}/{from_name(path)}" == whole
+        )  # fmt: skip
 
     def attempt(self, run: int) -> SavedAttempt | None:
         """Return a run's last attempt, None before the first."""
@@ -340,12 +516,33 @@ class Journal:
             last = self._write.execute("SELECT version FROM program ORDER BY id DESC LIMIT 1").fetchone()
             if last != (__version__,):
                 self._write.execute("INSERT INTO program (version, time) VALUES (?, ?)", (__version__, time.time()))
+            self._note_home()
             self._read = _open_for_reading(self.path)
         except sqlite3.Error as error:
             self._write.close()
             raise fault_of(error, self.path) from error
         self._inode = os.stat(self.path).st_ino
         self._broken = False
+
+    def _note_home(self) -> None:
+        """Note up to which batch this is a backup's: a file that is put back has a new ctime, whoever does it.
+
+        What was deleted after the backup was made is unknown here. A whole file system that is set back is not noticed.
+        """
+        try:
+            seen = os.stat(self.path.with_name(WITNESS)).st_ctime_ns
+        except OSError:
+            return
+        known = self._write.execute("SELECT value FROM kept WHERE key = ?", (_HOME,)).fetchone()
+        if known is not None and from_json(known[0]) == seen:
+            return
+        put = "INSERT OR REPLACE INTO kept (key, value) VALUES (?, ?)"
+        self._write.execute("BEGIN IMMEDIATE")
+        self._write.execute(put, (_HOME, to_json(seen)))
+        if known is not None:
+            (newest,) = self._write.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()
+            self._write.execute(put, (_BACKUP, to_json(newest)))
+        self._write.execute("COMMIT")
 
     def _disconnect(self) -> None:
         self._dirs.clear()
@@ -364,10 +561,15 @@ class Journal:
         try:
             return self._transact_once(work)
         except JournalFull:
+            self._checkpoint_each(CHECKPOINT_PAGES_NO_ROOM)  # also where a start found no room for a ballast
             if not self._ballast.give_up():
                 raise
             self.ballast_given_up = True
             return self._transact_once(work)
+
+    def _checkpoint_each(self, pages: int) -> None:
+        with suppress(sqlite3.Error):  # told by the transaction
+            self._write.execute(f"PRAGMA wal_autocheckpoint = {pages}")
 
     def _transact_once(self, work: Callable[[_Writer], T]) -> T:
         if self._broken:
@@ -404,7 +606,7 @@ class Journal:
         except sqlite3.Error:
             self._broken = True
 
-    def _rows(self, question: str, values: Sequence[int]) -> list[tuple[Any, ...]]:
+    def _rows(self, question: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
         with self._reading:
             try:
                 return self._read.execute(question, values).fetchall()
@@ -474,8 +676,7 @@ class ClaimReader:
                 return self._claims(root, dir, names)
         read, as_of = self._read, self._as_of
         try:
-            found = read.execute("SELECT id FROM dir WHERE root = ? AND path = ?", (root, to_name(dir))).fetchone()
-            rows = _claim_rows(read, found[0], names) if found else []
+            rows = _claim_rows(read, (root, to_name(dir)), names)
         except sqlite3.Error as error:
             raise fault_of(error, self._path) from error
         claims: Claims = {}
@@ -493,20 +694,27 @@ class ClaimReader:
             raise fault_of(error, self._path) from error
 
 
-def _claim_rows(read: sqlite3.Connection, dir_id: int, names: Sequence[str] | None) -> list[tuple[Any, ...]]:
-    question = "SELECT name, rule, size, mtime_ns, batch FROM claim WHERE dir = ?"
+def _claim_rows(
+    read: sqlite3.Connection, place: tuple[int, bytes], names: Sequence[str] | None
+) -> list[tuple[Any, ...]]:
     if names is None:
-        return read.execute(question, (dir_id,)).fetchall()
+        return read.execute(_CLAIMS, place).fetchall()
     rows: list[tuple[Any, ...]] = []
     wanted = [to_name(name) for name in names]
-    many = f"{question} AND name IN ({','.join('?' * NAMES_AT_ONCE)})"
-    while len(wanted) > NAMES_AT_ONCE // 10:  # one statement for many is twice as fast a name, asked by the hundred
-        chunk, wanted = wanted[:NAMES_AT_ONCE], wanted[NAMES_AT_ONCE:]
-        chunk += chunk[-1:] * (NAMES_AT_ONCE - len(chunk))
-        rows += read.execute(many, (dir_id, *chunk)).fetchall()
-    for name in wanted:
-        rows += read.execute(f"{question} AND name = ?", (dir_id, name)).fetchall()
+    for start in range(0, len(wanted), NAMES_AT_ONCE):
+        chunk = wanted[start : start + NAMES_AT_ONCE]
+        rows += read.execute(_claims_of(len(chunk)), (*place, *chunk)).fetchall()
     return rows
+
+
+_CLAIMS = (
+    "SELECT name, rule, size, mtime_ns, batch FROM claim WHERE dir = (SELECT id FROM dir WHERE root = ? AND path = ?)"
+)
+
+
+@functools.cache
+def _claims_of(names: int) -> str:
+    return f"{_CLAIMS} AND name IN ({','.join('?' * names)})"
 
 
 # ------------------------------------------------------------------------- opening
@@ -529,7 +737,7 @@ def _create(state_dir: Path) -> None:
         _witness(witness)
         return
     if witness.exists():
-        raise JournalError(
+        raise JournalDamaged(
             f"{path} is gone, though there was one ({WITNESS} lies beside it)",
             hint="restore it from a backup; or `trigger-daemon journal recover`, which starts nothing twice",
         )
@@ -761,16 +969,32 @@ class _Writer:
         self.one("INSERT OR IGNORE INTO root (path) VALUES (?)", path)
         return int(self._sql.execute("SELECT id FROM root WHERE path = ?", (path,)).fetchone()[0])
 
-    def thin(self, before_utc: float, limit: int) -> int:
-        runs = self._sql.execute(
-            "SELECT batch.id FROM batch JOIN run ON run.id = batch.id WHERE batch.manifest IS NOT NULL"
-            " AND batch.closed_time < ?1 AND run.final = 1 AND run.changed_time < ?1"
-            " ORDER BY batch.closed_time LIMIT ?2",
-            (before_utc, limit),
+    def thin(
+        self, before_utc: float, limit: int, spared: Set[int], after: tuple[float, int]
+    ) -> tuple[int, tuple[float, int]]:
+        """Return how many were thinned, and up to where; from the beginning again after the last one."""
+        rows = self._sql.execute(
+            "SELECT batch.id, batch.rule, batch.closed_time, batch.files FROM batch JOIN run ON run.id = batch.id"
+            " WHERE batch.manifest IS NOT NULL AND batch.closed_time < ?1 AND (batch.closed_time, batch.id) > (?3, ?4)"
+            " AND run.final = 1 AND run.changed_time < ?1 ORDER BY batch.closed_time, batch.id LIMIT ?2",
+            (before_utc, limit, *after),
         ).fetchall()
+        whole, files = len(rows), 0
+        for number, (_, rule, _, count) in enumerate(rows):
+            files += count if rule in spared else 0
+            if files > THIN_LOOKS_MAX and number:
+                del rows[number:]
+                break
+        runs = [(id,) for id, rule, *_ in rows if not (rule in spared and self._is_there(id))]
+        to = (rows[-1][2], rows[-1][0]) if whole == limit or len(rows) < whole else (0.0, 0)
         self.many("UPDATE batch SET manifest = NULL, request = NULL WHERE id = ?", runs)
         for table in ("attempt", "transition", "proof"):
             self.many(f"DELETE FROM {table} WHERE run = ?", runs)
+        ended = "SELECT id FROM reclaim WHERE changed_time < ?1 AND state IN ('done', 'kept') ORDER BY changed_time"
+        sets = self._sql.execute(f"{ended} LIMIT ?2", (before_utc, limit)).fetchall()
+        self.many("DELETE FROM reclaim_file WHERE reclaim = ?", sets)
+        self.many("DELETE FROM sole WHERE reclaim = ?", sets)
+        self.many("DELETE FROM reclaim WHERE id = ?", sets)
         self.one("DELETE FROM alarm WHERE cleared_time < ?", before_utc)
         self.one("DELETE FROM ordered WHERE time < ?", before_utc)
         self.one(
@@ -778,7 +1002,22 @@ class _Writer:
             before_utc,
             RULE_SETS_KEPT,
         )
-        return len(runs)
+        return limit if len(rows) < whole else max(len(runs), len(sets)), to
+
+    def _is_there(self, batch: int) -> bool:
+        """Say whether any file of a batch may still be there: its claim goes some time after the file."""
+        (manifest,) = self._sql.execute("SELECT manifest FROM batch WHERE id = ?", (batch,)).fetchone()
+        for member in members_of(manifest):
+            if member.role:
+                continue
+            found = self._sql.execute(
+                "SELECT 1 FROM claim JOIN dir ON dir.id = claim.dir"
+                " WHERE dir.root = ? AND dir.path = ? AND claim.name = ? AND claim.batch = ?",
+                (member.root, to_name(member.dir), to_name(member.name), batch),
+            )
+            if found.fetchone() is not None:
+                return True
+        return False
 
     # ---------------------------------------------------------------- batches
 
@@ -889,6 +1128,9 @@ class _Writer:
 
     def _other(self, record: Effect) -> None:
         match record:
+            case Renewed():
+                self.one("UPDATE batch SET request = ? WHERE id = ?", to_json(record.request), record.run)
+                self.one("UPDATE run SET destination = ? WHERE id = ?", to_text(record.destination), record.run)
             case RunMoved():
                 self._run_moved(record)
             case AttemptMade(run, attempt, prepared, at):
@@ -898,11 +1140,17 @@ class _Writer:
                 )  # fmt: skip
             case AttemptChanged():
                 self._attempt_changed(record)
-            case ProofKept(run, attempt, members, at):
+            case ProofKept(run, attempt, members, at, witnessed):
                 self.one(
-                    "INSERT OR REPLACE INTO proof (run, attempt, time, members) VALUES (?, ?, ?, ?)",
-                    run, attempt, at, to_json(list(members)),
+                    "INSERT OR REPLACE INTO proof (run, attempt, time, members, witnessed) VALUES (?, ?, ?, ?, ?)",
+                    run, attempt, at, to_json(list(members)), witnessed,
                 )  # fmt: skip
+                # A later life goes on from there: no proof may seem to be younger than nothing.
+                self.one("INSERT OR REPLACE INTO kept (key, value) VALUES ('witnessed', ?)", to_json(witnessed))
+            case ReclaimIntended():
+                self._reclaim_intended(record)
+            case ReclaimMoved():
+                self._reclaim_moved(record)
             case Claimed():
                 dir_id = self._dir(record.root, record.dir)
                 self.many(
@@ -989,6 +1237,45 @@ class _Writer:
             to_root, from_root, rule,
         )  # fmt: skip
 
+    def _reclaim_intended(self, record: ReclaimIntended) -> None:
+        of = record.of
+        self.one(
+            "INSERT INTO reclaim (id, rule, run, state, because, bytes, proofs, made_time, changed_time)"
+            " VALUES (?, ?, ?, 'intended', '', ?, ?, ?, ?)",
+            record.id, of.rule, of.run, of.bytes, to_json(list(of.proofs)), record.time, record.time,
+        )  # fmt: skip
+        self.many(
+            "INSERT INTO reclaim_file (root, path, reclaim, number, size, mtime_ns, ctime_ns, inode, hidden)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                (file.root, to_name(file.path), record.id, number, file.state[0], *map(to_number, file.state[1:]),
+                 to_name(file.hidden))
+                for number, file in enumerate(of.files)
+            ),
+        )  # fmt: skip
+
+    def _reclaim_moved(self, record: ReclaimMoved) -> None:
+        moved = self.one(
+            "UPDATE reclaim SET state = ?, because = ?, changed_time = ?"
+            " WHERE id = ? AND state IN ('intended', 'confirmed')",
+            record.state, to_text(record.because), record.time, record.id,
+        )  # fmt: skip
+        if moved != 1:
+            raise JournalConflict(
+                f"reclaim {record.id} cannot become {record.state}: it is not under way",
+                hint="nothing was written; this is a bug, please report it",
+            )
+        self.many(
+            "UPDATE reclaim_file SET place = ? WHERE reclaim = ? AND number = ?",
+            ((place, record.id, number) for number, place in enumerate(record.places)),
+        )
+        if record.state == "kept":
+            self.one("DELETE FROM sole WHERE reclaim = ?", record.id)
+        elif record.state == "confirmed":  # before the first is unlinked: from now on nothing of ours replaces a copy
+            (proofs,) = self._sql.execute("SELECT proofs FROM reclaim WHERE id = ?", (record.id,)).fetchone()
+            rows = ((target_key(name), record.id) for name in _known_as(from_json(proofs)))
+            self.many("INSERT OR IGNORE INTO sole (target, reclaim) VALUES (?, ?)", rows)
+
     def _run_moved(self, record: RunMoved) -> None:
         before, after = str(record.from_state), str(record.to_state)
         because = to_text(record.because)
@@ -1050,6 +1337,21 @@ class _Writer:
             self._dirs.pop((record.root, record.dir), None)
 
 
+def _known_as(proofs: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return all that the copies of a set are known by."""
+    copies = {str(to) for proof in proofs for _, to, _ in proof.get("copies", ()) if to}
+    return copies.union(*(names for proof in proofs for names in proof.get("known_as", {}).values()))
+
+
+def _copied_to(proofs: Sequence[Mapping[str, Any]], names: Collection[str]) -> set[str]:
+    """Return the files whose copy is known by one of these names."""
+    spelled = set(map(one_spelling, names))
+    return {
+        path for proof in proofs for path, to, _ in proof.get("copies", ())
+        if not {one_spelling(str(to)), *proof.get("known_as", {}).get(to, ())}.isdisjoint(spelled)
+    }  # fmt: skip
+
+
 def _json_or_null(value: object) -> str | None:
     return None if value is None else to_json(value)
 
@@ -1065,6 +1367,22 @@ def _attempt(row: Sequence[Any]) -> SavedAttempt:
     attempt, prepared, handle, made, ended, outcome = row
     words = None if outcome is None else from_text(outcome)
     return SavedAttempt(attempt, from_json(prepared), from_json(handle), made, ended, words)
+
+
+def _reclaims(read: sqlite3.Connection) -> tuple[SavedReclaim, ...]:
+    found = []
+    for id, rule, run, state, proofs in read.execute(
+        "SELECT id, rule, run, state, proofs FROM reclaim WHERE state IN ('intended', 'confirmed') ORDER BY id"
+    ):
+        files = tuple(
+            ReclaimFile(root, from_name(path), (size, *map(from_number, times)), from_name(hidden))
+            for root, path, hidden, size, *times in read.execute(
+                "SELECT root, path, hidden, size, mtime_ns, ctime_ns, inode FROM reclaim_file WHERE reclaim = ?"
+                " ORDER BY number", (id,),
+            )
+        )  # fmt: skip
+        found.append(SavedReclaim(id, state == "confirmed", ReclaimSet(rule, run, files, from_json(proofs))))
+    return tuple(found)
 
 
 def _floor(read: sqlite3.Connection) -> int:
@@ -1125,7 +1443,10 @@ def _load(read: sqlite3.Connection) -> Saved:
     return Saved(
         last_batch=max(read.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()[0], _floor(read)),
         runs=tuple(runs),
-        kept={from_text(key): from_json(value) for key, value in read.execute("SELECT key, value FROM kept")},
+        kept={
+            from_text(key): from_json(value) for key, value in read.execute("SELECT key, value FROM kept")
+            if from_text(key) not in (_HOME, _BACKUP)
+        },
         baselines={(rule, root): at for rule, root, at in read.execute("SELECT rule, root, time FROM baseline")},
         groups=tuple(
             SavedMark(rule, from_text(group), kind, batch, at)
@@ -1144,4 +1465,6 @@ def _load(read: sqlite3.Connection) -> Saved:
         },
         rules=dict(read.execute("SELECT id, name FROM rule")),
         roots={root: from_name(path) for root, path in read.execute("SELECT id, path FROM root")},
+        reclaims=_reclaims(read),
+        last_reclaim=read.execute("SELECT coalesce(max(id), 0) FROM reclaim").fetchone()[0],
     )

@@ -60,6 +60,7 @@ CREATE TABLE batch (
     request     TEXT,                      -- JSON: action, options rendered for this batch, captures
     manifest    TEXT                       -- JSON: [[root, dir, name, size, mtime_ns, role, flag, content], ...]
 );
+CREATE INDEX batch_rule ON batch (rule);  -- what a rule has done: `after` looks back by it
 CREATE INDEX batch_whole ON batch (closed_time) WHERE manifest IS NOT NULL;  -- what thinning looks through
 
 -- The rule's action applied to the batch of the same number.
@@ -104,12 +105,52 @@ CREATE INDEX transition_run ON transition (run);
 
 -- What proved a run: a record a file with path, size, digest, to.
 CREATE TABLE proof (
-    run     INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    time    REAL NOT NULL,
-    members TEXT NOT NULL,                 -- JSON
+    run       INTEGER NOT NULL,
+    attempt   INTEGER NOT NULL,
+    time      REAL NOT NULL,
+    members   TEXT NOT NULL,               -- JSON
+    witnessed REAL NOT NULL DEFAULT 0,     -- seconds that daemons here had worked by then: clocks may be set, this not
     PRIMARY KEY (run, attempt)
 ) WITHOUT ROWID;
+
+-- Sets of source files that were taken away, or were to be. Thinned like runs,
+-- but it says itself where the copies are.
+CREATE TABLE reclaim (
+    id           INTEGER PRIMARY KEY,
+    rule         INTEGER NOT NULL,
+    run          INTEGER NOT NULL,         -- that took the files
+    state        TEXT NOT NULL,            -- intended, confirmed, done, kept
+    because      TEXT NOT NULL,
+    bytes        INTEGER NOT NULL,
+    proofs       TEXT NOT NULL,            -- JSON: [{"rule", "run", "time", "copies": [[path, to, digest], ...], "known_as"}]
+    made_time    REAL NOT NULL,
+    changed_time REAL NOT NULL
+);
+CREATE INDEX reclaim_open ON reclaim (id) WHERE state IN ('intended', 'confirmed');
+CREATE INDEX reclaim_ended ON reclaim (changed_time);
+
+CREATE TABLE reclaim_file (
+    root     INTEGER NOT NULL,
+    path     BLOB NOT NULL,
+    reclaim  INTEGER NOT NULL REFERENCES reclaim,
+    number   INTEGER NOT NULL,             -- in its set
+    size     INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    ctime_ns INTEGER NOT NULL,
+    inode    INTEGER NOT NULL,
+    hidden   BLOB NOT NULL,                -- its name in the same directory while it is neither there nor gone
+    place    TEXT NOT NULL DEFAULT '',     -- where it was found at the end
+    PRIMARY KEY (root, path, reclaim)
+) WITHOUT ROWID;
+CREATE INDEX reclaim_file_set ON reclaim_file (reclaim, number);
+
+-- Where the copies are that are all that is left: nothing may replace them.
+CREATE TABLE sole (
+    target  INTEGER NOT NULL,              -- 64 bits of the SHA-256 of `to`, and of what else that place is known by
+    reclaim INTEGER NOT NULL,
+    PRIMARY KEY (target, reclaim)
+) WITHOUT ROWID;
+CREATE INDEX sole_reclaim ON sole (reclaim);
 
 -- `existing`: the first complete sweep of a healthy root after the rule was accepted.
 CREATE TABLE baseline (

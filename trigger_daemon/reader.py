@@ -9,14 +9,17 @@ documented JSON.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from trigger_daemon.core.lifecycle import ENDS
 from trigger_daemon.core.model import RELEASED, RIDER, Member, RunState
 from trigger_daemon.core.saved import Count
 from trigger_daemon.database import (
     JOURNAL,
+    Line,
     ask,
     from_json,
     from_name,
@@ -28,6 +31,7 @@ from trigger_daemon.database import (
 )
 
 PAGE_IDS = 20_000  # batch ids looked through in one transaction, some 10 ms
+SKIPS_MAX = 10_000  # orders that are looked through for who left a file out
 FAULTS_MAX = 100  # of one kind, in `faults_of`: enough to see what is wrong
 
 # States in which something may still happen by itself or by an operator, always (DESIGN: SUCCEEDED may be final).
@@ -70,12 +74,50 @@ class ClaimOf(NamedTuple):
     companion: bool = False
 
 
+class ReclaimOf(NamedTuple):
+    """A file that was taken away, or was to be. `place`: where it was found at the end (gone, at its name, ...)."""
+
+    id: int
+    rule: str
+    run: int
+    state: str  # intended, confirmed, done, kept
+    because: str
+    changed_time: float
+    place: str
+    hidden: str
+    size: int
+    mtime_ns: int
+    proofs: list[dict[str, Any]]
+
+
+class ReclaimFileOf(NamedTuple):
+    """One file of such a set."""
+
+    root: str
+    path: str  # below it
+    hidden: str
+    size: int
+    place: str
+
+
 class Reader:
     """Asks the journal of a state directory. Every method raises JournalError (absent, not permitted, damaged)."""
 
     def __init__(self, state_dir: Path) -> None:
         """Remember where the journal is; nothing is opened before a question."""
         self.path = Path(state_dir).absolute() / JOURNAL
+        self._line: Line | None = None
+
+    @contextmanager
+    def at_length(self) -> Iterator[Reader]:
+        """Yield a reader for many questions of one thread, on one connection; each is a transaction of its own."""
+        line = Line()
+        reader = Reader(self.path.parent)
+        reader._line = line
+        try:
+            yield reader
+        finally:
+            line.close()
 
     def runs(
         self,
@@ -106,6 +148,23 @@ class Reader:
         number; `manifest` is empty and `thinned` true once it was thinned.
         """
         return self._ask(lambda sql: _run(sql, id))
+
+    def newest_move(self) -> tuple[int, float]:
+        """Return number and time of the newest transition of any run; (0, 0.0) while there is none."""
+        return self.newest_move_until(float("inf"))
+
+    def newest_move_until(self, time: float) -> tuple[int, float]:
+        """Return the same of the newest transition that is not later than an instant."""
+        question = "SELECT id, time FROM transition WHERE time <= ? ORDER BY id DESC LIMIT 1"
+        row = self._ask(lambda sql: sql.execute(question, (time,)).fetchone())
+        return row or (0, 0.0)
+
+    def moves(self, after: int, limit: int, most: int) -> tuple[list[dict[str, Any]], int]:
+        """Return ends and holds of runs after a transition, the oldest first, and how many were left out before them.
+
+        At most `limit` of the newest `most`. Words and counts of a run are those of now.
+        """
+        return self._ask(lambda sql: _moves(sql, after, limit, most))
 
     def batches(self, rule: str | None = None, limit: int = 100, before_id: int | None = None) -> list[dict[str, Any]]:
         """Return closed batches, newest first: id, rule, group, reason, time, files, bytes, state of the run."""
@@ -181,6 +240,91 @@ class Reader:
             for name, rule, size, mtime_ns, batch, state, reason, closed, final, because, error, hint, proved in rows
         ]
 
+    def taken_by(self, rule: str, after: int, limit: int) -> list[tuple[int, tuple[Member, ...]]]:
+        """Return batches of a rule the oldest first, with their members as far as they are known."""
+        rows = self._ask(
+            lambda sql: sql.execute(
+                "SELECT batch.id, batch.manifest FROM batch JOIN run ON run.id = batch.id"
+                " WHERE batch.rule = (SELECT id FROM rule WHERE name = ?) AND batch.id > ? AND manifest IS NOT NULL"
+                " ORDER BY batch.id LIMIT ?",
+                (rule, after, limit),
+            ).fetchall()
+        )
+        return [(batch, members_of(manifest)) for batch, manifest in rows]
+
+    def proof_of(self, run: int) -> tuple[float, float, float, list[dict[str, Any]]] | None:
+        """Return when a run was last proved (UTC, what was witnessed by then, when its attempt began), and the records.
+
+        None if it was not, or they were thinned.
+        """
+        row = self._ask(
+            lambda sql: sql.execute(
+                "SELECT time, witnessed, coalesce((SELECT made_time FROM attempt WHERE attempt.run = proof.run"
+                " AND attempt.attempt = proof.attempt), 0), members"
+                " FROM proof WHERE run = ? ORDER BY attempt DESC LIMIT 1", (run,)
+            ).fetchone()
+        )
+        return None if row is None else (row[0], row[1], row[2], from_json(row[3]))
+
+    def request_of(self, run: int) -> Mapping[str, Any] | None:
+        """Return what a run was to do; None if it is unknown, or was thinned."""
+        row = self._ask(lambda sql: sql.execute("SELECT request FROM batch WHERE id = ?", (run,)).fetchone())
+        found: Mapping[str, Any] | None = None if row is None or row[0] is None else from_json(row[0])
+        return found
+
+    def reclaims_of(self, root_path: str, rel_path: str) -> list[ReclaimOf]:
+        """Return every set that a file was taken away with, or was to be, newest first."""
+        rows = self._ask(
+            lambda sql: sql.execute(
+                "SELECT reclaim.id, rule.name, reclaim.run, reclaim.state, because, changed_time, place, hidden, size,"
+                " mtime_ns, proofs FROM reclaim_file AS file JOIN root ON root.id = file.root"
+                " JOIN reclaim ON reclaim.id = file.reclaim LEFT JOIN rule ON rule.id = reclaim.rule"
+                " WHERE root.path = ? AND file.path = ? ORDER BY reclaim.id DESC",
+                (to_name(root_path), to_name(rel_path)),
+            ).fetchall()
+        )
+        return [
+            ReclaimOf(
+                id, name or "", run, state, from_text(because), changed, place, from_name(hidden), size,
+                from_number(mtime_ns), from_json(proofs),
+            )
+            for id, name, run, state, because, changed, place, hidden, size, mtime_ns, proofs in rows
+        ]  # fmt: skip
+
+    def reclaim_set(self, id: int) -> tuple[ReclaimOf, list[ReclaimFileOf]] | None:
+        """Return a set that was taken away, or was to be, as its first file tells it, and all its files."""
+        rows = self._ask(
+            lambda sql: sql.execute(
+                "SELECT root.path, file.path, hidden, size, place FROM reclaim_file AS file"
+                " JOIN root ON root.id = file.root WHERE file.reclaim = ? ORDER BY file.number",
+                (id,),
+            ).fetchall()
+        )
+        files = [
+            ReclaimFileOf(from_name(root), from_name(path), from_name(hidden), size, place)
+            for root, path, hidden, size, place in rows
+        ]
+        found = self.reclaims_of(files[0].root, files[0].path) if files else []
+        of = next((one for one in found if one.id == id), None)
+        return None if of is None else (of, files)
+
+    def reclaimed(self, since_time: float) -> tuple[int, int, int]:
+        """Return how many sets and files were taken away since then, and their bytes."""
+        row = self._ask(
+            lambda sql: sql.execute(
+                "SELECT count(*), coalesce(sum(bytes), 0),"
+                " coalesce(sum((SELECT count(*) FROM reclaim_file AS file WHERE file.reclaim = reclaim.id)), 0)"
+                " FROM reclaim WHERE state = 'done' AND changed_time >= ?",
+                (since_time,),
+            ).fetchone()
+        )
+        return row[0], row[2], row[1]
+
+    def root_paths(self) -> dict[int, str]:
+        """Return every root that was ever watched, by its number."""
+        rows = self._ask(lambda sql: sql.execute("SELECT id, path FROM root").fetchall())
+        return {number: from_name(path) for number, path in rows}
+
     def roots(self) -> list[str]:
         """Return the path of every root that was ever watched."""
         return [from_name(path) for (path,) in self._ask(lambda sql: sql.execute("SELECT path FROM root").fetchall())]
@@ -210,11 +354,23 @@ class Reader:
         )
         return {(rule, from_name(root)): at for rule, root, at in rows}
 
-    def orders(self, limit: int = 100) -> list[dict[str, Any]]:
-        """Return what people ordered, newest first: verb, args, who, why, answer, time."""
+    def skipped(self, path: str, rule: str, time: float | None) -> dict[str, Any] | None:
+        """Return the order by which a person left a file out, of some the one given nearest to a time; None: no such.
+
+        Of the newest SKIPS_MAX orders of that kind.
+        """
+        found = [
+            order for order in self.orders(SKIPS_MAX, verb="files.skip")
+            if order["args"].get("path") == path and rule in (order["answer"].get("rules") or ())
+        ]  # fmt: skip
+        return min(found, key=lambda order: abs(order["time"] - (time or order["time"])), default=None)
+
+    def orders(self, limit: int = 100, *, verb: str = "") -> list[dict[str, Any]]:
+        """Return what people ordered, newest first: verb, args, who, why, answer, time; of one verb if it is given."""
         rows = self._ask(
             lambda sql: sql.execute(
-                "SELECT verb, args, who, why, answer, time FROM ordered ORDER BY id DESC LIMIT ?", (limit,)
+                "SELECT verb, args, who, why, answer, time FROM ordered WHERE ? IN ('', verb) ORDER BY id DESC LIMIT ?",
+                (verb, limit),
             ).fetchall()
         )
         return [
@@ -229,6 +385,22 @@ class Reader:
             for verb, args, who, why, answer, at in rows
         ]
 
+    def sole_copy_below(self, place: str) -> str | None:
+        """Return a copy below a place (as `to` names it, with a slash behind it) that is all that is left of a file."""
+        below = place.lower()  # too many are safe
+
+        def look(sql: sqlite3.Connection) -> str | None:
+            rows = sql.execute("SELECT proofs FROM reclaim WHERE id IN (SELECT reclaim FROM sole)")
+            return next(
+                (
+                    str(to) for (proofs,) in rows for proof in from_json(proofs) for _, to, _ in proof.get("copies", ())
+                    if str(to).lower().startswith(below)
+                ),
+                None,
+            )  # fmt: skip
+
+        return self._ask(look)
+
     @property
     def version(self) -> int:
         """The journal's schema."""
@@ -239,7 +411,7 @@ class Reader:
         return self._ask(faults_of)
 
     def _ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
-        return ask(self.path, question)
+        return ask(self.path, question, self._line)
 
 
 # --------------------------------------------------------------------------- runs
@@ -247,6 +419,38 @@ class Reader:
 
 def _words(text: str | bytes | None) -> str | None:
     return None if text is None else from_text(text)
+
+
+# What is told of a run: each end, each hold, and what becomes of a held one.
+_TOLD = (
+    " FROM transition AS moved JOIN run ON run.id = moved.run JOIN batch ON batch.id = run.id"
+    " LEFT JOIN rule ON rule.id = batch.rule WHERE moved.id > ? AND moved.from_state != moved.to_state"
+    f" AND (moved.to_state IN ({', '.join(repr(str(state)) for state in sorted({*ENDS, RunState.HELD}))})"
+    " OR moved.from_state = 'HELD' OR (moved.to_state = run.state AND run.final))"
+)
+
+
+def _moves(sql: sqlite3.Connection, after: int, limit: int, most: int) -> tuple[list[dict[str, Any]], int]:
+    dropped = 0
+    row = sql.execute(f"SELECT moved.id {_TOLD} ORDER BY moved.id DESC LIMIT 1 OFFSET ?", (after, most)).fetchone()
+    if row is not None:
+        (dropped,) = sql.execute(f"SELECT count(*) {_TOLD} AND moved.id <= ?", (after, row[0])).fetchone()
+        after = row[0]
+    rows = sql.execute(
+        "SELECT moved.id, moved.run, coalesce(rule.name, batch.rule), batch.captures, moved.from_state, moved.to_state,"
+        " moved.because, moved.time, run.final AND run.state = moved.to_state, batch.files, batch.bytes, batch.reason,"
+        f" run.attempts, run.error, run.hint, run.created_time, run.output {_TOLD} ORDER BY moved.id LIMIT ?",
+        (after, limit),
+    ).fetchall()
+    keys = (
+        "id", "run", "rule", "group", "from", "state", "because", "time", "final", "files", "bytes", "reason",
+        "attempts", "error", "hint", "created_time", "output",
+    )  # fmt: skip
+    moves = [dict(zip(keys, row, strict=True)) for row in rows]
+    for move in moves:
+        move |= {"group": from_json(move["group"]), "output": from_json(move["output"]), "final": bool(move["final"])}
+        move |= {key: _words(move[key]) for key in ("because", "reason", "error", "hint")}
+    return moves, dropped
 
 
 def _last_batch(sql: sqlite3.Connection) -> int:

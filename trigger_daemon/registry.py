@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
@@ -106,6 +107,10 @@ def _find(package: ModuleType, noun: str, name: str) -> Any:
         ) from error
 
 
-def extra_names(action: type[Any]) -> tuple[str, ...]:
-    """Return names that this action fills into its strings itself, when it starts (`{manifest}`)."""
-    return tuple(getattr(action, "EXTRA_NAMES", ()))
+def extra_names(action: type[Any], options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """Return names that this action fills into its strings itself, when it starts (`{manifest}`).
+
+    Those that the options give themselves, too (`{TOKEN}`), where it has a static method `extra_names(options)`.
+    """
+    given = getattr(action, "extra_names", None)
+    return (*getattr(action, "EXTRA_NAMES", ()), *(given(options) if given is not None and options else ()))

@@ -108,17 +108,27 @@ class _Providers:
     def prepares(self, action: str) -> bool:
         return self._prepare and bool(self._class(action).PREPARES)
 
+    def at_once(self, action: str) -> int | None:
+        return None
+
     def leaves_out(self, action: str) -> bool:
         return bool(getattr(self._class(action), "LEAVES_OUT", False))
+
+    def refuses(self, action: str, options: Mapping[str, Any], root: str, path: str) -> str:
+        refuses = getattr(bare(self._class(action)), "refuses", None)
+        return str(refuses(options, root, path)) if refuses else ""
 
     def _templates(self, action: str) -> frozenset[str]:
         return frozenset(name for name, option in self._class(action).OPTIONS.items() if option.template)
 
-    def extra_names(self, action: str) -> tuple[str, ...]:
-        return registry.extra_names(self._class(action))
+    def extra_names(self, action: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return registry.extra_names(self._class(action), options)
 
     def destination(self, action: str, options: Mapping[str, Any]) -> str:
         return str(bare(self._class(action)).destination(options))
+
+    def writes(self, action: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return ()  # what limited storage did is not replayed
 
 
 # --------------------------------------------------------------------------- traces
@@ -577,6 +587,8 @@ class _Simulation:
                 self._look(root, directory, names, "deadline")
             case model.Sweep(root, _, ask):
                 self._sweep(root, ask)
+            case model.LookBack(ask, rule):  # its journal is new
+                self._step(model.LookedBack(ask, rule, (), 0, self._at))
             case model.Mark(root):
                 self._step(model.Marked(root, self._batch, self._at))
             case model.Check():

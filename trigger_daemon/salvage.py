@@ -54,7 +54,10 @@ _TABLES = {
     "attempt": ("run", "run, attempt"), "transition": ("id", "id"), "proof": ("run", "run, attempt"),
     "baseline": ("", "rule, root"), "group_mark": ("", "rule, captures, kind"), "alarm": ("id", "id"),
     "ordered": ("id", "id"), "rule_set": ("id", "id"), "program": ("id", "id"),
+    "reclaim": ("id", "id"), "reclaim_file": ("root", "root, path, reclaim"),
+    "sole": ("", "target, reclaim"),
 }  # fmt: skip
+_SINCE = {"reclaim": 2, "reclaim_file": 2, "sole": 2}  # schemas that first had them
 
 
 @dataclass
@@ -95,6 +98,7 @@ def salvage(state_dir: Path, rules: Sequence[Rule], send: Collection[str], now: 
                 old.unlink()
             os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, FILE_MODE))
             new.chmod(FILE_MODE)
+            _give(new, state_dir)
             with closing(sqlite3.connect(new, isolation_level=None)) as sql:
                 make_tables(sql)
                 sql.execute("BEGIN")
@@ -110,16 +114,27 @@ def salvage(state_dir: Path, rules: Sequence[Rule], send: Collection[str], now: 
         (state_dir / LAST).write_text(f"{floor:020d}\n", encoding="ascii")
         fail_point("salvage.made")
         told.aside = _set_aside(state_dir, now, interrupted=interrupted)
+        if told.aside:
+            _give(Path(told.aside), state_dir)
         fail_point("salvage.set_aside")
         new.rename(state_dir / JOURNAL)
         fail_point("salvage.placed")
         (state_dir / WITNESS).touch(FILE_MODE)
+        for file in (LAST, WITNESS):
+            _give(state_dir / file, state_dir)
         sync_directory(state_dir)
         return told
     except (OSError, sqlite3.Error) as error:
         raise JournalIo(f"{state_dir}: {error}", hint="make room, look at the disk, and call it again") from error
     finally:
         lock.release()
+
+
+def _give(path: Path, state_dir: Path) -> None:
+    """Let what root has made be the daemon's: whose the state directory is."""
+    if os.geteuid() == 0:
+        owner = state_dir.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def _source(state_dir: Path, *, interrupted: bool) -> Path | None:
@@ -196,8 +211,10 @@ def _number(row: tuple[Any, ...] | None) -> int:
 
 def _lacking(sql: sqlite3.Connection) -> Iterator[str]:
     there = {name for (name,) in sql.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    (schema,) = sql.execute("PRAGMA user_version").fetchone()
     for table in _TABLES.keys() - there:
-        yield f"it lacks the table {table}"
+        if schema >= _SINCE.get(table, 1):
+            yield f"it lacks the table {table}"
 
 
 # ------------------------------------------------------------------------ reading
@@ -208,12 +225,13 @@ def _take_over(copy: Path, sql: sqlite3.Connection, told: Salvaged) -> None:
     with closing(sqlite3.connect(f"file:{copy}?mode=ro", uri=True, isolation_level=None)) as old:
         old.text_factory = lambda value: value.decode("utf-8", "surrogateescape")  # fails below, where it is damaged
         for table, (first, key) in _TABLES.items():
-            width = len(sql.execute(f"SELECT * FROM {table} LIMIT 0").description)
-            insert = f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * width)})"
+            names = [column[0] for column in sql.execute(f"SELECT * FROM {table} LIMIT 0").description]
             for row in _rows(old, table, first, key):
                 if row is None:
                     told.damaged.append(table)
-                elif len(row) == width:
+                elif len(row) <= len(names):  # an older schema lacks the last columns
+                    columns = ", ".join(names[: len(row)])
+                    insert = f"INSERT OR IGNORE INTO {table} ({columns}) VALUES ({', '.join('?' * len(row))})"
                     try:
                         sql.execute(insert, row)
                     except (sqlite3.IntegrityError, UnicodeEncodeError):
@@ -232,7 +250,7 @@ def _rows(old: sqlite3.Connection, table: str, first: str, key: str) -> Iterator
                 if first and isinstance(row[0], int) and row[0] > start:
                     start, step = row[0], 1
             return
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):  # the latter: a column's name is damaged
             yield None
             if not first:
                 return
@@ -281,6 +299,15 @@ def _make_consistent(sql: sqlite3.Connection, told: Salvaged, now: float) -> Non
         "UPDATE run SET state = 'HELD', because = ?, hint = ?, waits_on = NULL, retry_time = NULL, changed_time = ?"
         " WHERE final = 0",
         (words, hint, now),
+    )
+    sql.execute("DELETE FROM group_mark WHERE kind = 'followed'")  # successes may be lost: the runs are looked through
+    # What was confirmed then may not be proved now: all of it is put back.
+    sql.execute("UPDATE reclaim SET state = 'intended' WHERE state = 'confirmed'")
+    sql.execute("DELETE FROM reclaim_file WHERE root NOT IN (SELECT id FROM root)")
+    sql.execute("DELETE FROM reclaim WHERE id NOT IN (SELECT reclaim FROM reclaim_file)")
+    sql.execute(
+        "INSERT INTO reclaim SELECT DISTINCT reclaim, 0, 0, 'intended', '', 0, '[]', ?1, ?1 FROM reclaim_file"
+        " WHERE reclaim NOT IN (SELECT id FROM reclaim)", (now,)
     )
     sql.execute("DELETE FROM tally")
     sql.execute(

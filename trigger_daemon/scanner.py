@@ -16,12 +16,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import trigger_daemon
+from trigger_daemon import garbage
 from trigger_daemon.clock import Clock
 from trigger_daemon.core.model import Fact, HoldSweeps, Look, Mark, Marked, RootChanged, Sweep, Swept, Unreadable
 from trigger_daemon.core.rules import Rule
@@ -29,9 +30,9 @@ from trigger_daemon.desk import Abandoned, Claims, NeedsProcess
 from trigger_daemon.errors import TriggerError
 from trigger_daemon.hints import HintSource
 from trigger_daemon.looks import CHUNK_MAX
-from trigger_daemon.mounts import mount_of
-from trigger_daemon.roots import LOCAL_TYPES, IdentityStore
-from trigger_daemon.worker import Accept, Request, Stop, Use, Worker
+from trigger_daemon.mounts import LOCAL_TYPES, mount_of
+from trigger_daemon.roots import IdentityStore
+from trigger_daemon.worker import Accept, ExpectGone, Hear, Request, Stop, Use, Worker
 
 HANG_S = 10.0  # a call into a local file system that takes longer never ends, for all we can do
 HANG_REMOTE_S = 30.0  # servers reboot; soft mounts give up by themselves after 6 to 10 s
@@ -237,6 +238,19 @@ class Scanner:
         if slot is None or slot.host is None:
             return False
         slot.ask(Accept())
+        return True
+
+    def expect_gone(self, root: int, paths: Iterable[str]) -> None:
+        """Let a root not be doubted because of what we take away ourselves."""
+        if slot := self._slots.get(root):
+            slot.ask(ExpectGone(tuple(paths)))
+
+    def hear(self, root: int, paths: Iterable[str]) -> bool:
+        """Look at paths that somebody has named, soon; False if the root is not served now. Any thread."""
+        slot = self._slots.get(root)
+        if slot is None or slot.host is None:
+            return False
+        slot.ask(Hear(tuple(paths)))
         return True
 
     # ------------------------------------------------------------------ supervision
@@ -580,6 +594,7 @@ class _Pipe:
 
 def serve() -> None:
     """Be the worker process of one root: settings, then requests come in over the pipe named on the command line."""
+    garbage.seldom()
     pipe = Connection(int(sys.argv[1]))
     outlet = _Pipe(pipe)
     settings = pipe.recv()

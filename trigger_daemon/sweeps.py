@@ -7,9 +7,10 @@ way after each directory or CHUNK_MAX names. Watch, then list, so that nothing
 made meanwhile falls between. Nothing is called gone unless the whole sweep
 succeeded, and then only after a second listing.
 
-Between sweeps about 9 bytes a name are remembered, and 8 bytes per CHUNK_MAX
-looks that came to nothing: a directory whose digests are unchanged is neither
-matched nor joined again.
+Between sweeps some 12 bytes a name are remembered: a name that was met before
+is not matched again, and what looks as when it came to nothing (all rules that
+want it had claimed it) is not joined with its claims again. The looks of about
+GROUP files share a digest, so one changed file costs its neighbours' claims too.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import errno
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import chain, compress, pairwise
+from operator import itemgetter
 from typing import Any
 
-from trigger_daemon.core.model import Seen, State, Sweep, Swept, Vanished, join
+from trigger_daemon.core.model import Row, Seen, State, Sweep, Swept, Vanished, join, split
+from trigger_daemon.core.patterns import Wants
+from trigger_daemon.core.rules import HIDDEN
 from trigger_daemon.desk import Claim, Desk
 from trigger_daemon.looks import ABSENT, CHUNK_MAX, TROUBLE
 from trigger_daemon.roots import hashes
@@ -33,11 +37,17 @@ LOST_DUTY = 4  # one that lost hints ask for may come sooner, but a storm must n
 TICK_S = 2.0  # the coarsest clock that stamps directories (FAT): an mtime that stood longer cannot hide a new name
 SCOPES_MAX = 512  # directories waiting to be swept one by one; beyond that the whole root is cheaper
 FAULTS_MAX = 5  # faults of a sweep that are told; the rest is counted
+HIDDEN_MAX = 1_000  # names of reclaim's that are remembered
+GROUP = 4  # looks that share a digest, on average: 2 bytes a file, and some 7 are joined again where one changed
+ASKED_COST = 2  # the claims of a single name cost as much as those of two when a whole directory's are read
 STATS_MAX = 1_000  # known directories whose mtime is asked for between two givings-way
 
 _UNREADABLE_HINT = "let the daemon's user read it (group or ACL), or ignore it in the rules"
 _ENDED: Any = object()
-_HALF = 1 << 63
+_SENT = -1  # is no digest: Python keeps it for errors
+_UNMET = array("q", [_SENT])
+
+_Look = tuple[str, State]
 
 
 class Dir:
@@ -53,9 +63,30 @@ class Dir:
         self.since = since  # when these names and this mtime were met first
         self.again = True  # list once more even if mtime stays
         self.flags: bytes | None = None  # for each file whether a rule wants it; None: to be matched again
-        self.fresh: set[int] = set()  # hashes of names hinted since the listing
-        # Digest of each CHUNK_MAX looks that came to nothing (all claimed), 0 for others; None: to be joined again.
-        self.settled: array[int] | None = None
+        self.fresh: set[int] | None = None  # hashes of names hinted since the listing
+        # What came to nothing (all claimed), for each block of looks: its digest or _SENT, then those of its groups.
+        # None: some claim may be of a name that is no longer listed, or of other rules; all are to be read again.
+        self.settled: list[array[int]] | None = None
+
+    def keeps(self, before: Dir) -> bool:
+        """Say whether every name that was listed or hinted before is still listed."""
+        if self.known == before.known and not before.fresh:
+            return True
+        return set(self.known).issuperset(chain(before.known, before.fresh or ()))
+
+    def match(self, before: Dir | None, files: Sequence[str], wants: Wants) -> Wants:
+        """Set the flags of these files, of new names by matching them; return who wants a name."""
+        if before is None or before.flags is None:
+            ids = list(map(wants, files))
+            self.flags = bytes(map(bool, ids))
+            return dict(zip(files, ids, strict=True)).__getitem__
+        if self.known == before.known:
+            self.flags = before.flags
+        else:
+            old = dict(zip(before.known, before.flags, strict=False))  # the files are the first of the names
+            now = zip(files, self.known, strict=False)
+            self.flags = bytes([old[mark] if mark in old else bool(wants(name)) for name, mark in now])
+        return wants
 
 
 @dataclass(slots=True)
@@ -95,6 +126,8 @@ class Sweeper:
         self._nested: set[str] = set()  # directories on another device than the root
         self._serial = 0  # of the newest full sweep
         self._stale = 0  # counts `claims_stale`
+        self._hidden: dict[str, float] = {}  # path of a name that reclaim gives -> when it was met first
+        self._lost: dict[str, str] = {}  # those that stay -> what their file was called, as far as it can be told
         self._scopes: dict[str, None] = {}
         self._scope_walk: Iterator[None] | None = None
         self._walk: Iterator[None] | None = None
@@ -151,6 +184,7 @@ class Sweeper:
         """Remember names that a hint's look has told of."""
         known = self._dirs.get(directory)
         if known is not None:
+            known.fresh = known.fresh or set()  # most directories never have one
             known.fresh.update([hash(name) for name, _ in rows])
 
     def claims_stale(self) -> None:
@@ -209,6 +243,7 @@ class Sweeper:
         self._epoch = self._desk.epoch
         self._dirs = {}
         self._nested = set()
+        self._hidden, self._lost = {}, {}
         self._scopes = {}
         self._full_at = self._names_at = -1.0
 
@@ -263,6 +298,7 @@ class Sweeper:
             desk.degrade("trouble", "")
             if walk.watched:
                 desk.degrade("watch", "")
+        self._find_lost()
         self._tell_faults(walk)
         if full and not walk.faults:
             yield from self._tell_vanished(walk)
@@ -289,6 +325,32 @@ class Sweeper:
             )
         self._desk.tell()
 
+    def _find_lost(self) -> None:
+        """Tell of files that stay under names of reclaim's: a journal put back from a backup knows nothing of them."""
+        desk = self._desk
+        for path, since in list(self._hidden.items()):
+            directory, name = split(path)
+            (looked,) = desk.lstat(directory, [name], known=True)
+            if name in looked.absent:
+                del self._hidden[path]
+                self._lost.pop(path, None)
+            elif path not in self._lost and looked.rows and desk.now() - since > TICK_S:
+                self._lost[path] = self._name_of(directory, looked.rows[0][1])
+        words = [desk.words(path) + (f" (was {was})" if was else "") for path, was in self._lost.items()]
+        more = f"; and {len(words) - FAULTS_MAX} more" if len(words) > FAULTS_MAX else ""
+        desk.degrade(
+            "hidden",
+            f"files of {desk.path} stand under hidden names: {'; '.join(words[:FAULTS_MAX])}{more}" if words else "",
+            "what an alarm `reclaim:N` names is ended by itself; the journal has forgotten others: rename them back",
+        )
+
+    def _name_of(self, directory: str, state: State) -> str:
+        """Return the claimed name that such a file had and nothing has now, '' unless there is just one."""
+        claims = self._desk.claims.directory(self._desk.root, directory)[1]
+        fit = [name for name, rows in claims.items() if any(row[1:3] == state[:2] for row in rows)]
+        absent = [name for looked in self._desk.lstat(directory, fit, known=True) for name in looked.absent]
+        return absent[0] if len(absent) == 1 else ""
+
     def _sweep_scopes(self, todo: list[str]) -> Iterator[None]:
         walk = Walk(True, self._desk.epoch, todo=todo)
         yield from self._visit_all(walk)
@@ -309,21 +371,13 @@ class Sweeper:
             return
         now, files, dirs = listed
         walk.todo += self._descend(directory, dirs)
-        ids_of: Callable[[str], tuple[int, ...]] = matcher.wants
-        if before is not None and before.flags is not None and before.known == now.known:
-            now.flags, now.settled = before.flags, before.settled
-        elif matcher.any:
-            ids = list(map(matcher.wants, files))
-            ids_of = dict(zip(files, ids, strict=True)).__getitem__
-            now.flags = bytes(map(bool, ids))
-        else:
-            now.flags = bytes(len(files))
-        wanted = list(compress(files, now.flags))
+        ids_of = now.match(before, files, matcher.wants)
+        wanted = list(compress(files, now.flags or ()))
         walk.files += len(wanted)
         joining = _Joining(self, directory, ids_of, now.settled)
         if now.settled is None and matcher.any:
             joining.read()
-        now.settled = None
+        now.settled = None  # until this visit has come to its end
         for start in range(0, len(wanted), CHUNK_MAX):
             joining.look(wanted[start : start + CHUNK_MAX], walk)
             yield
@@ -332,7 +386,7 @@ class Sweeper:
         if joining.claims and not joining.claims.keys() <= set(files).union(dirs):
             walk.lacking.append(directory)
         else:
-            now.settled = joining.digests
+            now.settled = joining.settled
         if not wanted:
             yield
 
@@ -361,26 +415,21 @@ class Sweeper:
 
     def _visit_names(self, directory: str, known: Dir, walk: Walk) -> Iterator[None]:
         """List a known directory and look at the names that are new in it."""
-        old = set(known.known).union(known.fresh)
+        old = set(known.known).union(known.fresh or ())
         listed = self._list(directory, walk)
         if listed is None:
             yield
             return
         now, files, dirs = listed
         now.met = known.met
-        if now.known == known.known:
-            now.flags, now.settled = known.flags, known.settled
         walk.todo += [path for path in self._descend(directory, dirs) if path not in self._dirs]
-        matcher = self._desk.matcher.directory(directory)
-        wants = matcher.wants
-        wanted = [name for name in files if hash(name) not in old and wants(name)] if matcher.any else []
+        ids_of = now.match(known, files, self._desk.matcher.directory(directory).wants)
+        wanted = [name for name in compress(files, now.flags or ()) if hash(name) not in old]
         walk.files += len(wanted)
         self._found += len(wanted)
-        joining = _Joining(self, directory, wants, None)
+        joining = _Joining(self, directory, ids_of, None)
         for start in range(0, len(wanted), CHUNK_MAX):
-            block = wanted[start : start + CHUNK_MAX]
-            joining.read(block)
-            joining.look(block, walk)
+            joining.look(wanted[start : start + CHUNK_MAX], walk)
             yield
             if not self._valid(walk):
                 return
@@ -409,14 +458,18 @@ class Sweeper:
         elif directory in self._nested:
             walk.fault(f"the file system mounted on {desk.words(directory)} is gone")
             return None
-        names = hashes(listing.files)
-        names.extend(hashes(listing.dirs))
+        for name in listing.files:
+            if name.startswith(HIDDEN) and len(self._hidden) < HIDDEN_MAX:
+                self._hidden.setdefault(join(directory, name), began)
+        names = hashes(listing.files + listing.dirs)
         before = self._dirs.get(directory)
         now = self._dirs[directory] = Dir(listing.mtime_ns, listing.inode, self._serial, names, desk.now())
         stood = before is not None and (before.mtime_ns, before.inode) == (now.mtime_ns, now.inode)
         if before is not None and stood and before.known == names:
             now.since = before.since
             now.again = began - before.since < TICK_S
+        if before is not None and before.settled is not None and now.keeps(before):
+            now.settled = before.settled
         return now, listing.files, listing.dirs
 
     def _unlisted(self, directory: str, error: OSError, walk: Walk) -> None:
@@ -475,55 +528,78 @@ class Sweeper:
 class _Joining:
     """Looks at blocks of one directory's names, and sends the rows whose version is not fully claimed."""
 
-    def __init__(
-        self,
-        sweeper: Sweeper,
-        directory: str,
-        ids_of: Callable[[str], tuple[int, ...]],
-        settled: array[int] | None,
-    ) -> None:
-        self.claims: Mapping[str, Sequence[Claim]] | None = None
-        self.digests: array[int] = array("q")  # one a block; 0 where something was sent
+    def __init__(self, sweeper: Sweeper, directory: str, ids_of: Wants, settled: list[array[int]] | None) -> None:
+        self.claims: Mapping[str, Sequence[Claim]] | None = None  # of the whole directory, if they were read
+        self.settled: list[array[int]] = []  # as in `Dir`
         self._sweeper = sweeper
         self._desk = sweeper._desk
         self._directory = directory
         self._ids_of = ids_of
-        self._settled = settled
+        self._before = settled or []
+        self._known: set[int] | None = None  # all its digests, once they are needed
+        self._claimed = math.inf if settled is None else 0  # names with claims, about
         self._as_of = -1
         self._stale = 0
 
-    def read(self, names: Sequence[str] | None = None) -> None:
-        """Read the claims of these names, of the whole directory without them."""
-        desk = self._desk
+    def read(self) -> None:
+        """Read the claims of the whole directory."""
         self._stale = self._sweeper._stale
-        if names is None:
-            self._as_of, self.claims = desk.claims.directory(desk.root, self._directory)
-        else:
-            self._as_of, self.claims = desk.claims.names(desk.root, self._directory, names)
+        self._as_of, self.claims = self._desk.claims.directory(self._desk.root, self._directory)
+        self._claimed = len(self.claims)
 
     def look(self, names: Sequence[str], walk: Walk) -> None:
-        """Look at up to CHUNK_MAX names; those that look as when they came to nothing are not joined again."""
+        """Look at up to CHUNK_MAX names, and join those that do not look as when they came to nothing."""
         desk, directory = self._desk, self._directory
         chunks = desk.lstat(directory, names, known=True)
-        total = sum(sum(map(hash, looked.rows)) for looked in chunks)
-        digest = (total + _HALF) % (2 * _HALF) - _HALF or 1
-        block = len(self.digests)
-        whole = not any(looked.failed for looked in chunks)
-        if self._settled is not None and block < len(self._settled) and self._settled[block] == digest and whole:
-            self.digests.append(digest)
-            return
-        if self.claims is None or self._stale != self._sweeper._stale:
-            self.read()
-        sent = False
+        digest = hash(tuple(chain.from_iterable(looked.rows for looked in chunks)))
+        block = len(self.settled)
+        met = self._before[block] if block < len(self._before) else _UNMET
+        settled = met if met[0] == digest else array("q", [digest])
         for looked in chunks:
-            rows = desk.left(looked.rows, self._ids_of, self.claims or {})
+            rows = [] if settled is met else self._left(looked.rows, settled)
             if rows:
-                sent = True
-                rows.sort()  # names that come together are the first, the second, ... as people count them
+                settled[0] = _SENT
+                rows.sort(key=itemgetter(0))  # those that come together are the first, the second, ... as people count
                 desk.post(Seen(desk.root, directory, rows, looked.began, looked.ended, "sweep", "none", self._as_of))
             if looked.failed:
                 name, code = looked.failed[0]
                 walk.fault(f"lstat {desk.words(directory, name)}: {os.strerror(code)}")
                 desk.failed(directory, looked)
             walk.todo += self._sweeper._descend(directory, looked.dirs)
-        self.digests.append(0 if sent or not whole else digest)
+        self.settled.append(settled)
+
+    def _left(self, looked: Sequence[_Look], settled: array[int]) -> list[Row]:
+        """Return what is to be sent, and add the digests of what came to nothing."""
+        if self._known is None:
+            self._known = set(chain.from_iterable(self._before)) - {_SENT}
+            self._claimed = self._claimed or GROUP * len(self._known)
+        if known := self._known:
+            groups = _groups(looked)
+            digests = list(map(hash, groups))
+            settled.extend([digest for digest in digests if digest in known])
+            new = [group for digest, group in zip(digests, groups, strict=True) if digest not in known]
+            looked = list(chain.from_iterable(new))
+        rows = self._join(looked) if looked else []
+        if len(rows) < len(looked):
+            sent = {name for name, _, _ in rows}
+            groups = _groups(looked)
+            settled.extend([hash(g) for g in groups if not sent or sent.isdisjoint([name for name, _ in g])])
+        return rows
+
+    def _join(self, rows: Sequence[_Look]) -> list[Row]:
+        """Return those that some rule wants and has not claimed, by their own claims or, if those are fewer, by all."""
+        desk, claims = self._desk, self.claims
+        if claims is None or self._stale != self._sweeper._stale:
+            if len(rows) * ASKED_COST < self._claimed:
+                names = [name for name, _ in rows]
+                self._as_of, claims = desk.claims.names(desk.root, self._directory, names)
+            else:
+                self.read()
+                claims = self.claims
+        return desk.left(rows, self._ids_of, claims or {})
+
+
+def _groups(rows: Sequence[_Look]) -> list[tuple[_Look, ...]]:
+    """Cut rows where the hash of a name says so: a name that comes or goes moves no cut between others."""
+    cuts = [at for at, (name, _) in enumerate(rows, 1) if not hash(name) % GROUP]
+    return [tuple(rows[begin:end]) for begin, end in pairwise([0, *cuts, len(rows)]) if begin < end]

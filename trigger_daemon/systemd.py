@@ -36,7 +36,16 @@ class Notifier:
         self.send(f"STATUS={text}")
 
     def alive(self) -> None:
+        """Feed the watchdog. For the loop that decides alone: no thread may say that it lives."""
         self.send("WATCHDOG=1")
+
+    def beat_s(self, longest_s: float) -> float:
+        """Return how often to feed the watchdog: twice in its time at least."""
+        return min(longest_s, self.watchdog_s / 2) if self.watchdog_s > 0 else longest_s
+
+    def extend(self, by_s: float) -> None:
+        """Ask for so long from now, while a start or stop is under way."""
+        self.send(f"EXTEND_TIMEOUT_USEC={int(by_s * 1e6)}")
 
     def reloading(self) -> None:
         self.send("RELOADING=1", f"MONOTONIC_USEC={int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6)}")

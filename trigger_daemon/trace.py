@@ -21,9 +21,19 @@ from typing import Any
 
 from trigger_daemon import __version__, config
 from trigger_daemon.core import model
-from trigger_daemon.core.model import BatchClosed, Fact, Fault, RulesOffered, RunState, Scope, Verdict
+from trigger_daemon.core.model import (
+    BatchClosed,
+    Fact,
+    Fault,
+    ReclaimFile,
+    ReclaimSet,
+    RulesOffered,
+    RunState,
+    Scope,
+    Verdict,
+)
 from trigger_daemon.core.rules import Rule
-from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark
+from trigger_daemon.core.saved import Count, OpenRun, Saved, SavedAlarm, SavedAttempt, SavedMark, SavedReclaim
 from trigger_daemon.errors import TriggerError
 
 try:
@@ -31,7 +41,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1  # of the lines; another one is refused
+FORMAT = 2  # of the lines; another one is refused
 BYTES_MAX = 4 * 2**30  # of a trace: some ten million looks
 WAITING_MAX = 200_000  # rows of looks that wait for a slow disk, some 60 MB: the loop never does
 LINE_MAX = 256 * 2**20  # bytes of a line; a journal with a hundred thousand open runs has some 100 MB at its start
@@ -44,6 +54,7 @@ _FACTS: Mapping[str, type[Any]] = {
         model.Seen, model.Unreadable, model.Vanished, model.Swept, model.RootChanged, model.Marked, model.Checked,
         model.Tick, model.Prepared, model.Started, model.NotStarted, model.StartUnknown, model.Polled, model.Proved,
         model.Mismatch, model.CannotVerify, model.Order, model.RulesOffered, model.Gauged,
+        model.Mounted, model.Pressed, model.Selected, model.Removed, model.LookedBack, model.Troubled,
     )
 }  # fmt: skip
 
@@ -122,6 +133,7 @@ class Recorder:
 
     def __init__(self, path: Path, *, bytes_max: int = BYTES_MAX) -> None:
         self.fault = ""
+        self._ending = threading.Lock()  # the loop and the thread may both find a reason
         self._path = path
         self._bytes_max = bytes_max
         self._rounds: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
@@ -166,7 +178,7 @@ class Recorder:
         where = os.path.realpath(self._path)
         for root in roots:
             if where.startswith(os.path.realpath(root).rstrip("/") + "/") and not self.fault:
-                self.fault = f"{self._path} lies in {root}, which is watched"
+                self._end(f"{self._path} lies in {root}, which is watched")
                 self._rounds.put(None)
 
     def close(self) -> None:
@@ -181,17 +193,22 @@ class Recorder:
             return
         self._put_rows += sum(map(_rows_of, entries))
         if self._put_rows - self._done_rows > WAITING_MAX:
-            self.fault = f"{self._path} is too slow: {WAITING_MAX:,} looks wait for it"
+            self._end(f"{self._path} is too slow: {WAITING_MAX:,} looks wait for it")
             self._rounds.put(None)
         else:
             self._rounds.put(entries)
+
+    def _end(self, why: str) -> None:
+        """Say why, once: that a pipe broke later is no news when it was given up for being slow."""
+        with self._ending:
+            self.fault = self.fault or why
 
     def _write(self) -> None:
         try:
             with self._file:
                 self._write_all()
         except OSError as error:
-            self.fault = f"{self._path} cannot be written: {error.strerror}"
+            self._end(f"{self._path} cannot be written: {error.strerror}")
 
     def _write_all(self) -> None:
         if self._bytes and not _ends_a_line(self._path):  # killed in the middle of a line
@@ -201,7 +218,7 @@ class Recorder:
             self._done_rows += sum(map(_rows_of, entries))
             self._bytes += len(lines)
             if self._bytes > self._bytes_max:
-                self.fault = f"{self._path} has reached {self._bytes_max:,} bytes"
+                self._end(f"{self._path} has reached {self._bytes_max:,} bytes")
                 break
             self._file.write(lines)
             if self._rounds.empty():
@@ -269,6 +286,8 @@ def fact_out(fact: Fact) -> list[Any]:
 def _out(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return [_out(one) for one in value]
     return dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
 
 
@@ -383,13 +402,26 @@ def _fault(value: Any) -> Fault | None:
     return Fault(**{**value, "scope": Scope(value["scope"])}) if value is not None else None
 
 
+def _reclaim_sets(value: Any) -> tuple[ReclaimSet, ...]:
+    return tuple(_reclaim_set(one) for one in value)
+
+
+def _reclaim_set(value: Any) -> ReclaimSet:
+    files = tuple(ReclaimFile(**{**file, "state": tuple(file["state"])}) for file in value["files"])
+    return ReclaimSet(**{**value, "files": files, "proofs": tuple(value["proofs"])})
+
+
 _IN: Mapping[str, Callable[[Any], Any]] = {
+    "sets": _reclaim_sets,
+    "places": _tuple,
+    "kept": lambda value: tuple((name, kept) for name, kept in value),
     "rows": _rows,
     "state": _tuple,
     "names": _tuple,
     "needs": _tuple,
     "changed": _tuple,
     "read": _tuple,
+    "processes": _tuple,
     "measures": lambda value: tuple((check, measure) for check, measure in value),
     "verdict": Verdict,
     "fault": _fault,
@@ -408,6 +440,8 @@ def _saved_in(plain: Mapping[str, Any]) -> Saved:
         tally={(rule, state): Count(*count) for rule, state, count in plain["tally"]},
         rules=dict(plain["rules"]),
         roots=dict(plain["roots"]),
+        reclaims=tuple(SavedReclaim(id, done, _reclaim_set(of)) for id, done, of in plain.get("reclaims", ())),
+        last_reclaim=plain.get("last_reclaim", 0),
     )
 
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from trigger_daemon.clock import Clock
-from trigger_daemon.core.model import HoldSweeps, Look, Mark, Marked, Row, Seen, Signal, Sweep, join
+from trigger_daemon.core.model import HoldSweeps, Look, Mark, Marked, Row, Seen, Signal, Sweep, join, split
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.desk import Claims, Desk, Outlet
 from trigger_daemon.hints import Hints, HintSource
 from trigger_daemon.looks import CHUNK_MAX, Looked
-from trigger_daemon.roots import LOCAL_TYPES, Identity
+from trigger_daemon.mounts import LOCAL_TYPES
+from trigger_daemon.roots import Identity
 from trigger_daemon.sweeps import Sweeper
 
 
@@ -38,11 +39,25 @@ class Accept:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpectGone:
+    """We take these away ourselves: paths below the root."""
+
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hear:
+    """Somebody says that there is something at these paths below the root: files, or directories with all below."""
+
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End."""
 
 
-Request = Look | Sweep | Mark | HoldSweeps | Use | Accept | Stop
+Request = Look | Sweep | Mark | HoldSweeps | Use | Accept | ExpectGone | Hear | Stop
 
 LOOKS_TOGETHER = 200  # answered from one snapshot of the claims; some milliseconds
 
@@ -95,7 +110,8 @@ class Worker:
     def ask(self, serial: int, request: Request) -> None:
         """Ask something; a `Look` is acknowledged by its serial."""
         self._inbox.append((serial, request))
-        self._event.set()
+        if not self._event.is_set():  # it is cleared before the inbox is looked into
+            self._event.set()
 
     def run(self) -> None:
         """Work until `Stop`. Raises Abandoned, NeedsProcess, and whatever the claims raise."""
@@ -171,6 +187,10 @@ class Worker:
             case Accept():
                 self._sweeper.accept()
                 desk.check(deep=True, accept=True)
+            case ExpectGone():
+                desk.at.expect_gone(path for path in request.paths if "/" not in path)
+            case Hear():
+                self._hear_of(request.paths)
             case Stop():
                 self._stopped = True
 
@@ -213,6 +233,22 @@ class Worker:
             self._sweeper.scope(os.fsdecode(raw))
         for raw, names in hints.names.items():
             self._hinted_in(os.fsdecode(raw), names)
+
+    def _hear_of(self, paths: tuple[str, ...]) -> None:
+        """Look at what a person or a program has named; it is a hint like any other."""
+        desk = self.desk
+        if not desk.believed:
+            return
+        for path in paths:
+            directory, name = split(path)
+            if not name:  # the root
+                self._sweeper.lost_hints()
+                continue
+            self._hinted_in(directory, {os.fsencode(name): "none"})
+            # A directory is no file that a rule wants, so that it was not looked at yet.
+            for looked in desk.lstat(directory, [name], known=self._sweeper.knows(directory)):
+                if looked.dirs:
+                    self._sweeper.scope(path)
 
     def _hinted_in(self, directory: str, names: Mapping[bytes, Signal]) -> None:
         """Look at the hinted names of one directory: one chunk a signal. The hot path."""

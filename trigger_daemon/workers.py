@@ -35,15 +35,16 @@ class Workers:
         self._tasks: queue.SimpleQueue[tuple[Task, float, Task | None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
+        self._open = 0  # tasks that were given and have not ended
         self._stopped = False
 
     def submit(self, task: Task, *, deadline_s: float, late: Task | None = None) -> None:
         """Run a task soon; it must not raise."""
-        self._tasks.put((task, deadline_s, late))
         with self._lock:
-            healthy = [w for w in self._workers if not w.lost]
-            busy = sum(1 for w in healthy if w.since is not None)
-            if len(healthy) < self._size and busy == len(healthy):
+            self._open += 1
+            self._tasks.put((task, deadline_s, late))
+            lost = sum(1 for w in self._workers if w.lost)
+            if len(self._workers) - lost < min(self._size, self._open - lost):
                 self._start()
 
     def _start(self) -> None:
@@ -57,18 +58,22 @@ class Workers:
         self._workers.append(worker)
 
     def _work(self, worker: _Worker) -> None:
-        while (item := self._tasks.get()) is not None:
-            task, worker.deadline_s, worker.late = item
-            worker.since = self._monotonic()
-            try:
-                task()
-            finally:
-                worker.since = None
-            if worker.lost or self._stopped:
-                break
-        with self._lock:
-            if worker in self._workers:
-                self._workers.remove(worker)
+        try:
+            while (item := self._tasks.get()) is not None:
+                task, worker.deadline_s, worker.late = item
+                worker.since = self._monotonic()
+                try:
+                    task()
+                finally:
+                    worker.since = None
+                    with self._lock:
+                        self._open -= 1
+                if worker.lost or self._stopped:
+                    break
+        finally:  # also when a task has raised, which none may: the next is another thread's
+            with self._lock:
+                if worker in self._workers:
+                    self._workers.remove(worker)
 
     def supervise(self, now: float) -> int:
         """Abandon what is late; return how many threads hang."""
@@ -81,7 +86,7 @@ class Workers:
                         late.append(worker.late)
             lost = sum(1 for w in self._workers if w.lost)
             healthy = len(self._workers) - lost
-            while healthy < min(self._size, self._tasks.qsize()) and lost <= ABANDONED_MAX:
+            while healthy < min(self._size, self._open - lost) and lost <= ABANDONED_MAX:
                 self._start()
                 healthy += 1
         for task in late:

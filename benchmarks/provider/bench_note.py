@@ -17,7 +17,10 @@ DONE_AFTER_S = 0.005  # a run is over this long after its start
 
 
 class Action:
-    OPTIONS: Options = {"log": Option("text", "file that receives a line `monotonic_ns path` a start", required=True)}
+    OPTIONS: Options = {
+        "log": Option("text", "file that receives a line `monotonic_ns path` for each file of a start", required=True),
+        "each": Option("bool", "false: a line for the first file of a start alone", default=True),
+    }
     VERIFIES = False
     PREPARES = False
 
@@ -52,7 +55,8 @@ class Action:
         log = request.options["log"]
         if log not in self._descriptors:
             self._descriptors[log] = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        lines = "".join(f"{now_ns} {file.path}\n" for file in request.files)
+        files = request.files if request.options.get("each", True) else request.files[:1]
+        lines = "".join(f"{now_ns} {file.path}\n" for file in files)
         os.write(self._descriptors[log], lines.encode())
         self._over.put((now_ns / 1e9 + DONE_AFTER_S, request.run, request.attempt))
         return {"run": request.run}

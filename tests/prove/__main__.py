@@ -22,7 +22,9 @@ from pathlib import Path
 
 from tests.prove.results import Result
 
-PARTS = ("mutants", "crashpoints", "simulation", "sweep", "faults", "remote", "recovery")
+PARTS = (
+    "mutants", "crashpoints", "reclaims", "simulation", "sweep", "faults", "storage", "remote", "recovery", "week",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from trigger_daemon import failpoints
 VISITS = 3  # of each point at which it is died
 QUICK = ("loop.after_commit", "executor.start", "executor.started", "command.spawned", "copy.proved", "copy.renamed")
 LANES = 2  # stages at once
+ELSEWHERE = ("removal.", "reclaim.")  # steps that this stage does not take: the part `reclaims` dies at them
 MIB = 2**20
 
 # Points that only trouble leads to: what is planned first.
@@ -35,8 +36,15 @@ NOT_DEATHS = {
     "executor.prepared": "no action of this version prepares: the simulated histories die there",
     "copy.flip": "damages a byte: `mutants` and test_copy.py",
     "copy.large_flip": "damages a byte: test_copy.py",
+    "doctor.canary": "a command's, which writes nothing of the daemon's: test_doctor.py",
     "command.remove": "attempts of long ago: test_command.py",
     "command.removed": "attempts of long ago: test_command.py",
+    **{f"globus.{step}": "needs the emulated service: test_globus.py dies there"
+       for step in ("access", "ingest", "run", "running", "submit", "submitted")},
+    **{f"globus.{step}": "needs the emulated service: test_globus_compute.py dies there"
+       for step in ("compute", "computing")},
+    **{f"http.{step}": "needs a service: test_http.py dies there" for step in ("send", "sent")},
+    "removal.replacing": "damages what a rename promises: test_removal.py",
 }
 
 
@@ -46,7 +54,7 @@ class Case(NamedTuple):
 
     @property
     def plan(self) -> str:
-        who = "kill_parent" if self.point.startswith("copy.") else "kill"  # copies are made by children
+        who = "kill_parent" if self.point.startswith(("copy.", "rsync.", "rclone.")) else "kill"  # by children
         return f"{FIRST.get(self.point, '')}{self.point}:{who}@{self.visit}"
 
 
@@ -71,21 +79,55 @@ class Rich(Stage):
         self.writer.whole("large/6.mrc", content("6", 65 * MIB))
 
 
+class Synced(Stage):
+    """The stage with a third rule, which calls rsync."""
+
+    def rules(self) -> list[dict[str, Any]]:
+        return [*super().rules(), self.site.rule("sync", start=self.start())]
+
+    def start(self) -> dict[str, Any]:
+        return {"rsync": {"to": str(self.disk / "sync")}}
+
+    def promises(self) -> list[Promise]:
+        return [*super().promises(), Promise("sync", lambda path: path.endswith(".tif"), self.disk / "sync", QUIET_S)]
+
+    def before(self) -> None:
+        super().before()
+        (self.disk / "sync").mkdir(exist_ok=True)
+
+
+class Remote(Synced):
+    """The stage with a third rule, which calls rclone."""
+
+    def start(self) -> dict[str, Any]:
+        config = self.site.base / "rclone.conf"
+        config.write_text("[there]\ntype = local\n")
+        config.chmod(0o600)
+        return {"rclone": {"to": f"there:{self.disk / 'sync'}", "config": str(config)}}
+
+
+THIRD = {"rsync": Synced, "rclone": Remote}
+
+
+def points() -> list[str]:
+    """Return the points at which it is died here."""
+    names = (name for name in failpoints.names() if not name.startswith(ELSEWHERE))
+    return [name for name in names if name not in NOT_DEATHS]
+
+
 def run(*, quick: bool, seed: int, work: Path, tell: Callable[[str], None]) -> Result:
     """Die at every point, in its first visits. `seed` plays no part: all are done."""
-    points = [point for point in failpoints.names() if point not in NOT_DEATHS]
-    if quick:
-        points = [point for point in points if point in QUICK]
+    chosen = [point for point in points() if not quick or point in QUICK]
     visited: dict[str, int] = {}
     violations: list[str] = []
     with ThreadPoolExecutor(LANES) as lanes:
-        for point, times, broken in lanes.map(lambda point: _all_visits(point, 1 if quick else VISITS, work), points):
+        for point, times, broken in lanes.map(lambda point: _all_visits(point, 1 if quick else VISITS, work), chosen):
             visited[point] = times
             violations += broken
-            tell(f"crash points: {len(visited)} of {len(points)}, {len(violations)} violations")
+            tell(f"crash points: {len(visited)} of {len(chosen)}, {len(violations)} violations")
     not_done = [f"{point} was never come to" for point, times in visited.items() if not times]
     deaths = sum(visited.values())
-    figures = {"crash points": len(points) - len(not_done), "deaths at them": deaths, "violations": len(violations)}
+    figures = {"crash points": len(chosen) - len(not_done), "deaths at them": deaths, "violations": len(violations)}
     rows = [{"crash point": point, "deaths": str(times)} for point, times in sorted(visited.items())]
     return Result("crash points", figures, violations, not_done, rows)
 
@@ -107,7 +149,7 @@ def die(case: Case, base: Path) -> tuple[bool, list[str]]:
     if case.point.startswith("salvage."):
         return _die_in_a_recovery(case, base)
     large = case.point.startswith(("copy.large", "copy.sums"))
-    stage = Rich(base) if large else Stage(base)
+    stage = Rich(base) if large else THIRD.get(case.point.partition(".")[0], Stage)(base)
     broken: list[str] = []
     try:
         stage.before()

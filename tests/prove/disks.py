@@ -36,6 +36,8 @@ _NO_LOG_FLUSH = 2
 _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE = 0x4C82, 0x4C0A
 _LOOP_AUTOCLEAR = 4
 _PR_SET_PDEATHSIG = 1
+_BLKFLSBUF = 0x1261  # what the kernel remembers of a device is of the past
+_CHUNK = 1 << 20
 
 
 def missing(kind: str) -> str:
@@ -74,9 +76,9 @@ def private_mounts() -> None:
 class Disk:
     """One file system at `path`; `private_mounts` comes first."""
 
-    def __init__(self, kind: str, work: Path) -> None:
-        """Make and mount it. Raises OSError, or CalledProcessError of mkfs."""
-        make, _, size, self._options = FILESYSTEMS[kind]
+    def __init__(self, kind: str, work: Path, size: int = 0) -> None:
+        """Make and mount it, of its usual size or of `size` bytes. Raises OSError, or CalledProcessError of mkfs."""
+        make, _, usual, self._options = FILESYSTEMS[kind]
         self.kind = kind
         self.path = work / kind
         self.path.mkdir()
@@ -85,7 +87,7 @@ class Disk:
         image = work / f"{kind}.img"
         try:
             with image.open("xb") as file:
-                file.truncate(size)
+                file.truncate(size or usual)
             subprocess.run([*make, str(image)], check=True, capture_output=True, timeout=60)
             self._attach(image)
         finally:
@@ -160,6 +162,23 @@ class Disk:
         self.unmount()
         make = FILESYSTEMS[self.kind][0]
         subprocess.run([*make, self._name], check=True, capture_output=True, timeout=60)
+        self.mount()
+
+    def image(self) -> bytes:
+        """Return all of it, to be put back by `restore`."""
+        self.unmount()
+        with open(self._name, "rb") as device:
+            image = device.read()
+        self.mount()
+        return image
+
+    def restore(self, image: bytes) -> None:
+        """Make it what it was: the same files, inodes and times."""
+        self.unmount()
+        with open(self._name, "r+b", buffering=0) as device:
+            for at in range(0, len(image), _CHUNK):
+                device.write(image[at : at + _CHUNK])
+            fcntl.ioctl(device, _BLKFLSBUF)
         self.mount()
 
     def errors(self) -> int:

@@ -89,7 +89,7 @@ def believe() -> None:
     def verify(self: Any, unit: Any) -> None:
         _copy_job.damage(unit.temp, unit.file.size // 2)
         os.utime(unit.temp, ns=(unit.mtime_ns, unit.mtime_ns))  # a disk that rots tells nobody
-        unit.how = self.how(unit.dest, True)
+        unit.how = self.how(unit.dest, True, os.stat(unit.temp).st_dev)
 
     _copy_job.Job._verify = verify  # type: ignore[method-assign]
 

@@ -1070,6 +1070,8 @@ class Life:
                         self.eyes[root] = Eye(self, root, path, own)
                     else:
                         self.eyes[root].use(own)
+            case model.LookBack(ask, rule):
+                self.post(model.LookedBack(ask, rule, *self.journal.ended_well(rule, 1_000), self.world.clock.at))
             case model.Answer(order, answer):
                 self.world.answers[order] = answer
             case model.RunMoved():

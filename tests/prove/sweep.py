@@ -174,9 +174,9 @@ class Mutant:
 _OTHER_LANES = """\
 import trigger_daemon.actions._lanes as lanes
 made = lanes._Lane.__init__
-def make(self, argv, env):
+def make(self, argv, env, *more):
     at = argv.index("-m")
-    made(self, [*argv[:at], "-c", {lane!r}, *argv[at + 2 :]], env)
+    made(self, [*argv[:at], "-c", {lane!r}, *argv[at + 2 :]], env, *more)
 lanes._Lane.__init__ = make
 """
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 from dataclasses import dataclass
 
+from trigger_daemon import points
 from trigger_daemon.actions._copy_files import Trouble, at_destination, printable
 from trigger_daemon.actions._copy_system import SYNCFS_TYPES, RangeLocks
 from trigger_daemon.mounts import mount_of
@@ -25,6 +25,7 @@ class Destination:
     index: int
     path: bytes
     static: bytes  # must exist; only what is below is ever created
+    reserve: int = 0  # bytes that our writes leave free there
     trouble: Trouble | None = None
     whole_sync: bool = False  # syncfs reaches the disk
     in_memory: bool = False
@@ -50,7 +51,7 @@ class Destination:
             self.direct = not self.in_memory
         except FileNotFoundError:
             self.trouble = Trouble("transient", "destination", f"{printable(self.static)} is not there",
-                                   "mount it, or create the directory; the copy goes on by itself", counts=False)
+                                   f"{points.ABSENT}; the copy goes on by itself", counts=False)
         except Trouble as trouble:
             self.trouble = trouble
         except OSError as fault:
@@ -76,18 +77,15 @@ class Destination:
         name = os.fsdecode(self.static)
         locks.take(LOCK_HOMES, wait=True)
         try:
-            points: dict[str, str] = {}
-            with contextlib.suppress(FileNotFoundError, ValueError), open(book, encoding="utf-8") as written:
-                points = json.load(written)
-            before = points.get(name, "")
-            if len(before) > len(mount.mountpoint) and (path + "/").startswith(before + "/"):
+            known = points.read(book)
+            before = known.get(name, "")
+            if points.gone(path, before, mount.mountpoint):
                 raise Trouble(
                     "transient", "destination", f"{before} is not mounted, and {printable(self.static)} was on it",
-                    f"mount it; if it was moved on purpose, take its line out of {book}", counts=False,
+                    points.hint(book), counts=False,
                 )  # fmt: skip
             if before != mount.mountpoint:
-                points[name] = mount.mountpoint
-                _write(book, points)
+                points.write(book, known | {name: mount.mountpoint})
         finally:
             locks.give(LOCK_HOMES)
         return mount.fstype
@@ -117,11 +115,3 @@ class Destination:
                 os.mkdir(here)
             fresh.add(here.rpartition(b"/")[0])
         return fresh
-
-
-def _write(book: str, points: dict[str, str]) -> None:
-    with open(book + ".new", "w", encoding="utf-8") as new:
-        json.dump(points, new, indent=1)
-        new.flush()
-        os.fsync(new.fileno())
-    os.rename(book + ".new", book)

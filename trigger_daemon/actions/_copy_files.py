@@ -16,12 +16,23 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from trigger_daemon.actions._copy_pace import Pace
-from trigger_daemon.actions._copy_system import ALIGNMENT, O_DIRECT, O_NOATIME, aligned_buffer, drop_cached, is_cached
+from trigger_daemon.actions._copy_room import NoRoom
+from trigger_daemon.actions._copy_system import (
+    ALIGNMENT,
+    O_DIRECT,
+    O_NOATIME,
+    aligned_buffer,
+    cached_blocks,
+    drop_cached,
+    write_out,
+)
 
 NAME_MAX = 255  # bytes of a name on every file system we know
 BLOCK = 8 * 1024 * 1024
+AGAIN_BLOCKS = 4  # of the page cache given back with each block
 PIECE = 1024 * 1024  # read, hashed and written at once: it stays in the processor's cache
 DIGESTS = ("xxh3", "blake3", "sha256", "md5")
+ROOM_AGAIN_S = 30.0  # how soon a copy that found no room looks again
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 AWAY = frozenset({
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.ENODEV,
@@ -51,16 +62,21 @@ def new_hash(name: str) -> Callable[[], Hash]:
 class Trouble(Exception):
     """Something that stops a file, a destination, or the whole attempt (`scope`: file, destination, batch)."""
 
-    def __init__(self, kind: str, scope: str, why: str, hint: str = "", *, counts: bool = True) -> None:
+    def __init__(
+        self, kind: str, scope: str, why: str, hint: str = "", *, counts: bool = True,
+        retry_after_s: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(why)
         self.kind = kind
         self.scope = scope
         self.why = why
         self.hint = hint
         self.counts = counts
+        self.retry_after_s = retry_after_s
 
     def fault(self) -> dict[str, Any]:
-        return {"kind": self.kind, "scope": self.scope, "why": self.why, "hint": self.hint, "counts": self.counts}
+        return {"kind": self.kind, "scope": self.scope, "why": self.why, "hint": self.hint, "counts": self.counts,
+                "retry_after_s": self.retry_after_s}
 
 
 class Changed(Exception):
@@ -117,11 +133,15 @@ def at_destination(fault: OSError, doing: str, path: bytes) -> Trouble:
     shown = printable(path)
     words = f"cannot {doing} {shown}: {fault.strerror or fault}"
     code = fault.errno
+    if isinstance(fault, NoRoom):  # a smaller file may find room: the destination itself is well
+        return Trouble("transient", "batch", words, "make room there; the copy goes on by itself", counts=False,
+                       retry_after_s=ROOM_AGAIN_S)
     if code in NO_SPACE:
         return Trouble("transient", "destination", words, "make room there; the copy goes on by itself", counts=False)
     if code == errno.EROFS:
         return Trouble("person", "destination", words,
-                       "it is read-only: look at its disk (dmesg) and mount it writable; the copy goes on by itself")
+                       "it is read-only: look at its disk (dmesg) and mount it writable, the copy goes on by itself; a "
+                       "service writes only where its unit lets it (`systemctl edit trigger-daemon`: ReadWritePaths=)")
     if code in (errno.EACCES, errno.EPERM):
         return Trouble("person", "destination", words,
                        "give the daemon's user the right to write there, then `trigger-daemon runs retry`")
@@ -204,8 +224,9 @@ class Source:
         except BaseException:
             os.close(self.fd)
             raise
-        # Pages nobody had in the cache before us are given back after reading.
-        self.gives_back = size > 0 and not (is_cached(self.fd, 0) or is_cached(self.fd, size - 1))
+        write_out(self.fd)
+        self._warm = cached_blocks(self.fd, size, BLOCK)  # somebody had them in memory before us
+        self._cold_from = -1  # where the blocks begin, one after the other, that only we brought there
 
     def _missing(self) -> Changed | Trouble:
         """Tell a file that is gone from a disk that is lost: an empty directory may be its mount point."""
@@ -265,8 +286,24 @@ class Source:
                 self.check()
                 raise Changed("ended before its size")
             got += n
-        if self.gives_back:
-            drop_cached(self.fd, offset, len(view))
+        self._give_back(offset, offset + len(view))
+
+    def _give_back(self, begin: int, end: int) -> None:
+        """Let go of the page cache that nobody used before us: it is the instrument's.
+
+        The kernel keeps memory in pieces of up to some MiB, and lets go of those
+        only that lie wholly in what is given back: so it is asked again for what
+        came before.
+        """
+        number = begin // BLOCK
+        if number in self._warm:
+            self._cold_from = (number + 1) * BLOCK
+            return
+        if self._cold_from < 0:
+            self._cold_from = number * BLOCK
+        if end == self.size or end % BLOCK == 0:
+            start = max(self._cold_from, end - AGAIN_BLOCKS * BLOCK)
+            drop_cached(self.fd, start, 0 if end == self.size else end - start)  # 0: and all that was read ahead
 
     def pieces(self, pace: Pace) -> Iterator[memoryview]:
         """Yield the content in views of this thread's buffer; the version is checked at the end."""
@@ -316,12 +353,13 @@ def open_past_cache(path: bytes, direct: bool) -> tuple[int, bool]:
 
 
 def read_back(
-    path: bytes, make: Callable[[], Hash], pace: Pace, *, direct: bool, own: OwnDigest | None = None
+    path: bytes, make: Callable[[], Hash], pace: Pace, *, places: int, direct: bool, own: OwnDigest | None = None
 ) -> tuple[str, os.stat_result, bool]:
     """Return digest and state of a file as the disk has it, and whether O_DIRECT served it; `own` is fed with it.
 
     Where O_DIRECT is refused the page cache is dropped first, which needs the
     file to be synced: dirty pages would stay and be read instead of the disk.
+    `places`: how many destinations are read like this one.
     """
     fd, direct = open_past_cache(path, direct)
     try:
@@ -333,7 +371,7 @@ def read_back(
         buffer = _thread_buffer()
         offset = 0
         while offset < state.st_size:
-            pace.check()
+            pace.spend_back(min(len(buffer), state.st_size - offset), places)
             want = min(len(buffer), -(-(state.st_size - offset) // ALIGNMENT) * ALIGNMENT)
             try:
                 n = os.preadv(fd, [buffer[:want]], offset)

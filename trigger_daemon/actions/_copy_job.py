@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sqlite3
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from trigger_daemon.actions._copy_destination import Destination, Homes
+from trigger_daemon.actions._copy_destination import IN_MEMORY, Destination, Homes
 from trigger_daemon.actions._copy_files import (
     Changed,
     Differs,
@@ -40,22 +41,27 @@ from trigger_daemon.actions._copy_files import (
     version_tag,
 )
 from trigger_daemon.actions._copy_pace import Cancelled, Pace
+from trigger_daemon.actions._copy_room import Rooms
 from trigger_daemon.actions._copy_store import Proven, Store, Wrote, inode_key
 from trigger_daemon.actions._copy_sums import merge_sums
 from trigger_daemon.actions._copy_system import (
-    MountWatch,
+    AHEAD_FILES,
     RangeLocks,
+    begin_to_write_out,
     fsync_directory,
     fsync_path,
     rename_new,
     syncfs,
 )
+from trigger_daemon.core.storage import Amount
 from trigger_daemon.failpoints import fail_point
+from trigger_daemon.mounts import Changes, Mount, Table
 
 LARGE = 64 * 1024 * 1024  # above: by itself, in segments; up to here: in groups
 GROUP_FILES = 1000  # one sync a group; more would hold finished files back for longer
 GROUP_BYTES = 256 * 1024 * 1024
 GROUP_S = 5.0  # a slow copy shows its finished files this often
+AHEAD_BYTES = 64 * 1024 * 1024  # of sources that the disk begins to write out while the first of them is read
 SYNC_EACH = 16  # below so many files each is fsynced: syncfs waits for everybody else's data too
 READERS = 8  # threads that read back
 TROUBLES_MAX = 100  # files that may fail before the attempt is given up
@@ -64,6 +70,7 @@ OWN_WAIT_S = 5.0  # for an earlier worker of the same run to be gone
 LOCK_SUMS = 1 << 62
 MODE_MIN = 0o600
 NO_VERSION = "0" * 8  # in the temporary name of a list of digests
+_WHERE = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC  # opened only to ask where it lies
 
 
 @dataclass(slots=True)
@@ -79,6 +86,13 @@ class File:
     def own_digest(self) -> OwnDigest | None:
         """Return a new check of the digest that the file carries, None without one. Raises Trouble."""
         return OwnDigest(self.content, self.size, self.source) if self.content else None
+
+    def open(self, units: Iterable[Unit]) -> Source:
+        """Open it to be read for these units. Raises Changed, Trouble."""
+        source = Source(self.source, self.size, self.mtime_ns, os.fsencode(self.root))
+        for unit in units:
+            unit.read = source.state.st_ctime_ns, source.state.st_ino
+        return source
 
     def identity(self) -> bytes:
         """Return what tells this file from all others, whichever version it has."""
@@ -97,8 +111,13 @@ class Unit:
     digest: str = ""
     inode: int = 0
     mtime_ns: int = 0
+    reserve: int = 0  # bytes that our writes leave free where it truly lies
+    has_room: bool = True  # all its bytes are allocated, or nobody asks for that
+    elsewhere: bool = False  # a link below the destination has led to another file system
     how: str = ""
     wrote: tuple[Wrote, ...] = ()  # what we wrote at the target, when it was looked at
+    read: tuple[int, int] = (0, 0)  # ctime_ns and inode of the source that was read
+    ctime_ns: int = 0  # of the copy under its name
 
 
 @dataclass(slots=True)
@@ -116,11 +135,14 @@ class Group:
 class Memory:
     """What a worker knows from its earlier jobs; void when the generation changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, state_dir: str) -> None:
         self.generation = -1
+        self.rooms = Rooms(state_dir)
         self.kept: OrderedDict[bytes, dict[bytes, list[bytes]]] = OrderedDict()  # directory -> file tag -> leftovers
         self.homes: Homes = {}
-        self.mounts = MountWatch()
+        self.mounts = Changes()
+        self.table = Table()
+        self.mounted: dict[int, Mount | None] = {}  # st_dev of what was opened -> its mount
         self.readers = ThreadPoolExecutor(READERS, "read-back")
         self.finisher = ThreadPoolExecutor(1, "finish")
 
@@ -128,11 +150,20 @@ class Memory:
         if generation != self.generation:
             self.generation = generation
             self.kept.clear()
-        changed = self.mounts.has_changed()
+        changed = self.mounts.any()
         if changed:
             self.kept.clear()
+            self.table = Table()
+            self.mounted.clear()
         if changed or len(self.homes) > DIRECTORIES_MAX:
             self.homes.clear()
+
+    def mount_of(self, fd: int) -> Mount | None:
+        """Return the mount on which an open file or directory lies, None where that cannot be told."""
+        device = os.fstat(fd).st_dev
+        if device not in self.mounted:
+            self.mounted[device] = self.table.of_open(fd)
+        return self.mounted[device]
 
 
 class Job:
@@ -150,6 +181,7 @@ class Job:
         self.state_dir: str = order["state_dir"]
         self.segment_bytes: int = order["segment"]
         self.large: int = order["large"]
+        self.keep = {os.fsencode(to): path for to, path in order["keep"].items()}  # nobody else has what stands there
         self.store = store
         self.locks = locks
         self.pace = pace
@@ -161,6 +193,8 @@ class Job:
         self.dests = [
             Destination(i, os.fsencode(path), os.fsencode(static)) for i, (path, static) in enumerate(order["to"])
         ]
+        self.reserves: dict[str, Amount] = {}
+        self.spare(order["rooms"])
         self.proven: dict[tuple[int, int], tuple[bytes, int, int, int, dict[str, Any]]] = {}
         self.hexes: dict[tuple[int, int], str] = {}  # what is done: (file, destination) -> digest
         self.wanting = [len(self.dests)] * len(self.files)  # destinations still to be done
@@ -179,6 +213,12 @@ class Job:
         self.hows: set[str] = set()
         self.fresh: set[bytes] = set()  # directories with new directories in them
         self.make: Callable[[], Hash]
+
+    def spare(self, rooms: Mapping[str, Any]) -> None:
+        """Leave so much free from now on; any thread."""
+        for dest, reserve in zip(self.dests, rooms["to"], strict=True):
+            dest.reserve = reserve
+        self.reserves = {device: Amount(*amount) for device, amount in rooms["reserves"].items()}
 
     # ------------------------------------------------------------------ the order
 
@@ -257,14 +297,18 @@ class Job:
         if self.sums:
             self._write_sums()
 
-    def _copy_all(self, files: Iterable[File]) -> None:
+    def _copy_all(self, files: Sequence[File]) -> None:
         """Copy in groups; a group is finished (synced, read back, renamed) while the next is written."""
         from trigger_daemon.actions._copy_large import copy_large
 
         group = Group()
         finishing: Future[None] | None = None
         try:
-            for file in files:
+            for number, file in enumerate(files):
+                if number % AHEAD_FILES == 0:
+                    self.pace.check()
+                    self.pace.doing = "looking at " + file.path
+                    begin_to_write_out(list(_ahead(files[number : number + AHEAD_FILES])))
                 try:
                     if file.size > self.large:
                         copy_large(self, file, self._wanted(file, group))
@@ -304,7 +348,7 @@ class Job:
     def note_at(self, dest: Destination, fault: OSError, doing: str, path: bytes) -> None:
         """Note an error while touching a target: of the file, or of the whole destination, which is then left alone."""
         trouble = at_destination(fault, doing, path)
-        if trouble.scope == "destination":
+        if trouble.scope != "file":
             dest.trouble = dest.trouble or trouble
         else:
             self.troubles.append(trouble)
@@ -364,6 +408,7 @@ class Job:
             temp, inode, size, mtime_ns, record = known
             unit.digest = record["digest"].partition(":")[2]
             unit.how = record["read_back"]
+            unit.read = record.get("ctime_ns", 0), record.get("inode", 0)
             enough = _proves_own(unit.file, record)
             if (enough and there
                     and (inode_key(there.st_ino), there.st_size, there.st_mtime_ns) == (inode, size, mtime_ns)):
@@ -402,7 +447,9 @@ class Job:
     def _is_earlier(self, unit: Unit, there: os.stat_result) -> bool:
         """Tell whether an earlier version stands there, written by us."""
         version = (unit.file.size, unit.file.mtime_ns)
-        return (there.st_size, there.st_mtime_ns) != version and self._is_ours(unit, there)
+        if unit.target in self.keep or (there.st_size, there.st_mtime_ns) == version:
+            return False
+        return self._is_ours(unit, there)
 
     def _may_replace(self, unit: Unit, there: os.stat_result) -> bool:
         """Say whether what stands at the target gives way; False: it is equal, and now proven. Raises Trouble."""
@@ -410,6 +457,9 @@ class Job:
             return True
         if stat.S_ISREG(there.st_mode) and there.st_size == unit.file.size and self._prove(unit):
             return False
+        if only := self.keep.get(unit.target):
+            raise Trouble("person", "file", f"{printable(unit.target)} may be all that is left of {only}, and "
+                          "would be replaced", "move that copy elsewhere, then `runs retry`")
         if self._is_ours(unit, there) or (self.replace and not stat.S_ISDIR(there.st_mode)):
             return True
         for size, mtime_ns, source in unit.wrote:
@@ -426,7 +476,7 @@ class Job:
         file, dest = unit.file, unit.dest
         own = file.own_digest()
         self.pace.doing = "reading " + file.path
-        source = Source(file.source, file.size, file.mtime_ns, os.fsencode(file.root))
+        source = file.open([unit])
         try:
             whole = self.make()
             for piece in source.pieces(self.pace):
@@ -436,7 +486,9 @@ class Job:
         self.pace.doing = "reading back " + printable(unit.target)
         fsync_path(unit.target, os.O_NOFOLLOW)
         try:
-            digest, state, direct = read_back(unit.target, self.make, self.pace, direct=dest.direct, own=own)
+            digest, state, direct = read_back(
+                unit.target, self.make, self.pace, places=len(self.dests), direct=dest.direct, own=own
+            )
         except Differs:
             return False
         if digest != whole.hexdigest():
@@ -445,15 +497,20 @@ class Job:
             own.check()
         fsync_directory(unit.target.rpartition(b"/")[0])
         unit.digest, unit.inode, unit.mtime_ns = digest, state.st_ino, state.st_mtime_ns
-        unit.how = self.how(dest, direct)
+        unit.ctime_ns = state.st_ctime_ns
+        with _nearest(unit) as directory:
+            self.memory.mount_of(directory)
+        unit.how = self.how(dest, direct, state.st_dev)
         self.store.prove(self.run_id, [self.proof(unit)])
         self.equal += 1
         self.done(unit)
         return True
 
-    def how(self, dest: Destination, direct: bool) -> str:
-        """Return the word for how the copy was read back."""
-        word = "memory" if dest.in_memory else "direct" if direct else "dropped"
+    def how(self, dest: Destination, direct: bool, device: int) -> str:
+        """Return the word for how the copy, which lies on this st_dev, was read back."""
+        mount = self.memory.mounted.get(device)
+        in_memory = dest.in_memory if mount is None else mount.fstype in IN_MEMORY
+        word = "memory" if in_memory else "direct" if direct else "dropped"
         self.hows.add(word)
         return word
 
@@ -464,6 +521,10 @@ class Job:
             "digest": f"{self.digest}:{unit.digest}", "to": os.fsdecode(unit.target), "to_inode": unit.inode,
             "to_mtime_ns": unit.mtime_ns, "read_back": unit.how, "attempt": self.attempt,
         }  # fmt: skip
+        if unit.read[0]:
+            record |= {"ctime_ns": unit.read[0], "inode": unit.read[1]}
+        if unit.ctime_ns:
+            record["to_ctime_ns"] = unit.ctime_ns
         if own := file.own_digest():
             record["content"] = own.said
         return Proven(file.index, unit.dest.index, unit.target, unit.temp, unit.inode, file.size, unit.mtime_ns, record,
@@ -503,7 +564,8 @@ class Job:
             return "is missing"
         known = self.proven.get((unit.file.index, unit.dest.index))
         if (known and (inode_key(there.st_ino), there.st_size, there.st_mtime_ns) == known[1:4]
-                and _proves_own(unit.file, known[4])):
+                and known[4].get("to_ctime_ns", there.st_ctime_ns) == there.st_ctime_ns
+                and not _touched(unit.file, known[4]) and _proves_own(unit.file, known[4])):
             self.done(unit)
             return ""
         if self._is_source(unit, there):
@@ -579,12 +641,16 @@ class Job:
     # ----------------------------------------------------------------- small files
 
     def open_temp(self, unit: Unit, mode: int) -> int:
-        """Create the temporary file beside a target, exclusively. Raises OSError."""
+        """Create the temporary file beside a target, exclusively. Raises OSError; NoRoom before anything is made."""
+        unit.dest.check()
+        if unit.dest.reserve or self.reserves:
+            with contextlib.suppress(FileNotFoundError), _nearest(unit) as directory:
+                if reserve := self.reserve_at(directory, unit.dest):
+                    self.memory.rooms.look(directory, unit.file.size, reserve)
         version = version_tag(unit.file.size, unit.file.mtime_ns, self.digest)
         unit.temp = temp_name(unit.target, self.owner, version, self.run_id, self.attempt)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         mode = (mode & 0o777) | MODE_MIN
-        unit.dest.check()
         for _ in range(2):
             try:
                 return os.open(unit.temp, flags, mode)
@@ -594,16 +660,43 @@ class Job:
                 self.fresh |= unit.dest.make_directory(unit.temp.rpartition(b"/")[0])
         return os.open(unit.temp, flags, mode)
 
+    def reserve_at(self, fd: int, dest: Destination) -> int:
+        """Return how many bytes stay free where an open file lies: a link below the destination may lead anywhere."""
+        mount = self.memory.mount_of(fd) if self.reserves else None
+        if mount is None:
+            return dest.reserve
+        amount = self.reserves.get(mount.device)
+        if amount is None:
+            return 0
+        whole = os.fstatvfs(fd)
+        return amount.of(whole.f_blocks * whole.f_frsize)
+
+    def lies(self, unit: Unit, fd: int) -> None:
+        """Note where a file lies that is open."""
+        self.memory.mount_of(fd)
+        unit.reserve = self.reserve_at(fd, unit.dest)
+        unit.elsewhere = os.fstat(fd).st_dev != os.fstat(unit.dest.sync_fd).st_dev
+
+    def take_room(self, unit: Unit, fd: int) -> None:
+        """See that the reserve of its file system stays free, and allocate. Raises NoRoom, OSError, Cancelled."""
+        self.lies(unit, fd)
+        unit.has_room = not unit.reserve or self.memory.rooms.take(fd, unit.file.size, unit.reserve, self.pace)
+
+    def look_for_room(self, unit: Unit, fd: int, size: int) -> None:
+        """Look before `size` bytes are written that could not be allocated before. Raises NoRoom."""
+        if not unit.has_room:
+            self.memory.rooms.look(fd, size, unit.reserve)
+
     def _write_small(self, file: File, units: Sequence[Unit], group: Group) -> None:
         """Read a file once, hashing, and write it under temporary names. Raises Changed, Trouble."""
         if not units:
             return
         self.pace.doing = "reading " + file.path
-        source = Source(file.source, file.size, file.mtime_ns, os.fsencode(file.root))
+        source = file.open(units)
         open_units: list[tuple[Unit, int]] = []
         try:
             whole = self.make()
-            open_units = self._open_temps(units, source.state)
+            self._open_temps(units, source.state, open_units)
             for piece in source.pieces(self.pace):
                 whole.update(piece)
                 open_units = self._write_piece(open_units, piece)
@@ -618,15 +711,23 @@ class Job:
         group.files += 1
         group.bytes += file.size
 
-    def _open_temps(self, units: Sequence[Unit], state: os.stat_result) -> list[tuple[Unit, int]]:
-        opened = []
+    def _open_temps(self, units: Sequence[Unit], state: os.stat_result, opened: list[tuple[Unit, int]]) -> None:
+        """Add to `opened` where it can be written. Raises Cancelled."""
         for unit in units:
             self.pace.doing = "writing " + printable(unit.target)
             try:
-                opened.append((unit, self.open_temp(unit, state.st_mode)))
+                fd = self.open_temp(unit, state.st_mode)
             except OSError as fault:
                 self.note_at(unit.dest, fault, "write", unit.target)
-        return opened
+                continue
+            opened.append((unit, fd))
+            try:
+                self.take_room(unit, fd)
+            except OSError as fault:
+                opened.pop()
+                os.close(fd)
+                self._unlink([unit.temp])
+                self.note_at(unit.dest, fault, "write", unit.target)
 
     def _write_piece(self, opened: list[tuple[Unit, int]], data: memoryview) -> list[tuple[Unit, int]]:
         """Write to all that still work, and return those."""
@@ -634,6 +735,7 @@ class Job:
         for unit, fd in opened:
             try:
                 fail_point("copy.write")
+                self.look_for_room(unit, fd, len(data))
                 written = os.write(fd, data)
                 while written < len(data):
                     written += os.write(fd, data[written:])
@@ -692,7 +794,8 @@ class Job:
             fail_point("copy.sync")
             if dest.whole_sync and len(units) >= SYNC_EACH:
                 syncfs(dest.sync_fd)
-            elif len(units) > 3:
+                units = [unit for unit in units if unit.elsewhere]
+            if len(units) > 3:
                 list(self.memory.readers.map(self._sync_one, units))
             else:
                 for unit in units:
@@ -721,7 +824,9 @@ class Job:
             if fail_point("copy.flip"):
                 damage(unit.temp, unit.file.size // 2)
             own = unit.file.own_digest()
-            digest, state, direct = read_back(unit.temp, self.make, self.pace, direct=unit.dest.direct, own=own)
+            digest, state, direct = read_back(
+                unit.temp, self.make, self.pace, places=len(self.dests), direct=unit.dest.direct, own=own
+            )
         except OSError as fault:
             self.again(unit, at_destination(fault, "read back", unit.target))
         except Differs:
@@ -737,7 +842,7 @@ class Job:
                 except Trouble as trouble:
                     self.refuse(unit, trouble)
                     return
-            unit.how = self.how(unit.dest, direct)
+            unit.how = self.how(unit.dest, direct, state.st_dev)
 
     def put_in_place(self, units: Sequence[Unit]) -> None:
         """Record the proofs, give the files their names, make the names durable."""
@@ -756,6 +861,7 @@ class Job:
             return
         placed = [unit for unit in units if self._rename(unit)]
         fail_point("copy.renamed")
+        self._note_names(placed)
         fresh, self.fresh = self.fresh, set()
         directories: dict[bytes, Destination] = {unit.target.rpartition(b"/")[0]: unit.dest for unit in placed}
         for directory in fresh:
@@ -796,6 +902,18 @@ class Job:
             return False
         return True
 
+    def _note_names(self, units: Sequence[Unit]) -> None:
+        """Add to the proofs what the copies look like under their names: a rename is a change of its own.
+
+        Without that a copy is read once more before its source may go.
+        """
+        for unit in units:
+            with contextlib.suppress(OSError):
+                there = os.lstat(unit.target)
+                if (there.st_ino, there.st_size, there.st_mtime_ns) == (unit.inode, unit.file.size, unit.mtime_ns):
+                    unit.ctime_ns = there.st_ctime_ns
+        self.store.add(self.run_id, [self.proof(unit) for unit in units if unit.ctime_ns])
+
     def _came_into_being(self, unit: Unit) -> None:
         """Look once more at a target that another took meanwhile: it may be equal, or is foreign."""
         self._unlink([unit.temp])
@@ -827,17 +945,53 @@ class Job:
             self.locks.take(lock, wait=True)
             try:
                 target = directory + b"/" + self.sums
-                merge_sums(target, temp_name(target, self.owner, NO_VERSION, self.run_id, self.attempt), new)
+                temp = temp_name(target, self.owner, NO_VERSION, self.run_id, self.attempt)
+                merge_sums(target, temp, new, functools.partial(self._look_for_sums, dest))
             except OSError as fault:
                 self.note_at(dest, fault, "write", directory + b"/" + self.sums)
             finally:
                 self.locks.give(lock)
+
+    def _look_for_sums(self, dest: Destination, fd: int, size: int) -> None:
+        """See that a list of digests fits above the reserve. Raises NoRoom."""
+        if reserve := self.reserve_at(fd, dest):
+            self.memory.rooms.look(fd, size, reserve)
+
+
+def _ahead(files: Sequence[File]) -> Iterator[bytes]:
+    """Yield the sources of as many files as the disk may begin with."""
+    size = 0
+    for file in files:
+        size += file.size
+        if size > AHEAD_BYTES:
+            return
+        yield file.source
+
+
+@contextlib.contextmanager
+def _nearest(unit: Unit) -> Iterator[int]:
+    """Open the directory of a target, or the nearest above it that is there. Raises OSError."""
+    here = unit.target.rpartition(b"/")[0]
+    while not os.path.isdir(here) and len(here) > len(unit.dest.static):
+        here = here.rpartition(b"/")[0]
+    fd = os.open(here, _WHERE)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _proves_own(file: File, record: Mapping[str, Any]) -> bool:
     """Tell whether a proof says as much of the file's own digest as is asked for now."""
     own = file.own_digest()
     return own is None or record.get("content") == own.said
+
+
+def _touched(file: File, record: Mapping[str, Any]) -> bool:
+    """Tell whether this version of a source was touched since it was read: perhaps rewritten with its size and time."""
+    there = _state(file.source)
+    return (there is not None and (there.st_size, there.st_mtime_ns) == (file.size, file.mtime_ns)
+            and (there.st_ctime_ns, there.st_ino) != (record.get("ctime_ns"), record.get("inode")))
 
 
 def reads_differently(unit: Unit) -> Trouble:

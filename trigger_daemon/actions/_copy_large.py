@@ -32,13 +32,13 @@ from trigger_daemon.actions._copy_files import (
     version_tag,
 )
 from trigger_daemon.actions._copy_pace import Cancelled
+from trigger_daemon.actions._copy_room import has_all
 from trigger_daemon.actions._copy_system import ALIGNMENT, aligned_buffer, drop_cached, reserve, set_direct
 from trigger_daemon.failpoints import fail_point
 
 if TYPE_CHECKING:
     from trigger_daemon.actions._copy_job import File, Job, Unit
 
-SEGMENT = 256 * 1024 * 1024
 BUFFERS = 4  # blocks between the reading and the writing threads
 BLOCK_DIGEST = 16  # bytes
 
@@ -80,6 +80,8 @@ class Sink:
             with contextlib.suppress(FileNotFoundError):
                 self.fd = os.open(part.temp, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
                 unit.temp = part.temp
+                job.lies(unit, self.fd)
+                unit.has_room = not unit.reserve or has_all(self.fd, unit.file.size)
                 for blocks in part.segments:
                     self.blocks += [blocks[i : i + BLOCK_DIGEST] for i in range(0, len(blocks), BLOCK_DIGEST)]
         if self.fd < 0:
@@ -87,7 +89,8 @@ class Sink:
                 with contextlib.suppress(OSError):
                     os.unlink(part.temp)
             self.fd = job.open_temp(unit, source.state.st_mode)
-            if not unit.dest.in_memory:  # there it would only be filled twice
+            job.take_room(unit, self.fd)
+            if not unit.reserve and not unit.dest.in_memory:  # there it would only be filled twice
                 reserve(self.fd, unit.file.size)
             job.store.begin_part(*key, unit.temp, version)
         if unit.dest.direct:
@@ -120,12 +123,14 @@ class Sink:
         """Write a block; its unaligned end (the file's last) through the page cache."""
         self.job.pace.doing = "writing " + printable(self.unit.target)
         fail_point("copy.large_write")
+        self.job.look_for_room(self.unit, self.fd, len(view))
         whole = len(view) // ALIGNMENT * ALIGNMENT
         done = 0
         while done < len(view):
             if self.direct and (done == whole or done % ALIGNMENT):
                 self._go_buffered()
-            end = whole if self.direct else len(view)
+            # In pieces: a disk ends the request that it has begun before it serves the instrument's.
+            end = min(done + PIECE, whole if self.direct else len(view))
             try:
                 done += os.pwrite(self.fd, view[done:end], offset + done)
             except OSError as fault:
@@ -173,9 +178,9 @@ class Sink:
         if not self.back_direct:
             drop_cached(self.back, first * BLOCK, count * BLOCK)
         for number in range(first, first + count):
-            self.job.pace.check()
-            self.job.pace.doing = "reading back " + printable(self.unit.target)
             length = min(BLOCK, size - number * BLOCK)
+            self.job.pace.spend_back(length, len(self.job.dests))
+            self.job.pace.doing = "reading back " + printable(self.unit.target)
             self._read(buffer, number * BLOCK, length)
             if block_hash_of(buffer[:length]) != self.blocks[number]:
                 raise Differs(f"block {number} differs")
@@ -189,7 +194,7 @@ class Sink:
     def _read(self, buffer: memoryview, offset: int, length: int) -> None:
         got = 0
         while got < length:
-            end = -(-length // ALIGNMENT) * ALIGNMENT if self.back_direct else length
+            end = min(got + PIECE, -(-length // ALIGNMENT) * ALIGNMENT if self.back_direct else length)
             try:
                 n = os.preadv(self.back, [buffer[got:end]], offset + got)
             except OSError as fault:
@@ -217,7 +222,7 @@ class Sink:
         os.fsync(self.fd)
         there = os.fstat(self.fd)
         unit.digest, unit.inode, unit.mtime_ns = digest, there.st_ino, there.st_mtime_ns
-        unit.how = self.job.how(unit.dest, self.back_direct)
+        unit.how = self.job.how(unit.dest, self.back_direct, there.st_dev)
 
     def poll(self) -> None:
         """Raise what has gone wrong so far."""
@@ -253,7 +258,7 @@ def copy_large(job: Job, file: File, units: Sequence[Unit]) -> None:
     if not units:
         return
     job.pace.doing = "reading " + file.path
-    source = Source(file.source, file.size, file.mtime_ns, os.fsencode(file.root))
+    source = file.open(units)
     sinks: list[Sink] = []
     placed: list[Unit] = []
     try:

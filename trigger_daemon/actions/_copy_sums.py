@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from trigger_daemon.actions._copy_system import fsync_directory
 from trigger_daemon.failpoints import fail_point
@@ -23,10 +23,12 @@ def said_by(name: str) -> str:
     return _MEANT.get(said[-1], said[-1]) if said else ""
 
 
-def merge_sums(target: bytes, temp: bytes, new: Mapping[bytes, str]) -> None:
+def merge_sums(
+    target: bytes, temp: bytes, new: Mapping[bytes, str], look: Callable[[int, int], None] = lambda fd, size: None
+) -> None:
     """Put a line for each of `new` (name -> digest) into the list at `target`, by way of `temp`. Raises OSError.
 
-    The caller holds a lock; lines of others stay as they are.
+    The caller holds a lock; lines of others stay as they are. `look` may raise before so many bytes are written.
     """
     before: list[bytes] = []
     with contextlib.suppress(FileNotFoundError), open(target, "rb") as old:
@@ -38,7 +40,9 @@ def merge_sums(target: bytes, temp: bytes, new: Mapping[bytes, str]) -> None:
         return
     try:
         with open(temp, "wb") as out:
-            out.write(b"".join(line + b"\n" for line in after))
+            whole = b"".join(line + b"\n" for line in after)
+            look(out.fileno(), len(whole))
+            out.write(whole)
             out.flush()
             os.fsync(out.fileno())
         fail_point("copy.sums")

@@ -15,9 +15,10 @@ import mmap
 import os
 import platform
 import resource
-import select
 import signal
+from collections.abc import Container, Sequence
 
+AHEAD_FILES = 64  # sources whose pages the disk begins to write while the first of them is read
 ALIGNMENT = 4096  # of O_DIRECT offsets, lengths and buffers; every disk of today takes it
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 O_NOATIME = getattr(os, "O_NOATIME", 0)
@@ -25,7 +26,9 @@ NICE = 10
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "ppc64le": 273, "riscv64": 30}
 _IOPRIO_CLASS_IDLE = 3 << 13
 _PR_SET_PDEATHSIG = 1
+_CACHESTAT = 451  # on every architecture
 _AT_FDCWD = -100
+_WRITE, _WAIT_WRITE_WAIT = 2, 7
 _RENAME_NOREPLACE = 1
 _NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -60,6 +63,45 @@ def syncfs(fd: int) -> None:
     if _libc.syncfs(fd) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def write_out(fd: int) -> None:
+    """Have the pages of a file written that are in memory only: what is written through a map from then on is seen.
+
+    A page that a program has mapped gets the file a new time when it is written to for the first time since it was
+    clean, and no other until it is clean again: until then a file that looks quiet is rewritten. Not in memory (tmpfs).
+    """
+    if hasattr(_libc, "sync_file_range"):
+        _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _WAIT_WRITE_WAIT)
+
+
+def begin_to_write_out(paths: Sequence[bytes]) -> None:
+    """Let the disk begin with files that are written out soon: `write_out` would wait for it once for each.
+
+    Nothing depends on it: what cannot be opened is passed over, and where the last one is on its disk already, so
+    are most likely the others.
+    """
+    if hasattr(_libc, "sync_file_range") and paths and _may_be_dirty(paths[-1]):
+        for path in paths:
+            with contextlib.suppress(OSError):
+                fd = _opened(path)
+                _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _WRITE)
+                os.close(fd)
+
+
+def _may_be_dirty(path: bytes) -> bool:
+    """Say whether pages of a file are in memory only; yes where the kernel does not tell."""
+    told, span = (ctypes.c_uint64 * 5)(), (ctypes.c_uint64 * 2)(0, 0)  # all of it
+    with contextlib.suppress(OSError):
+        fd = _opened(path)
+        is_clean = platform.system() == "Linux" and not _libc.syscall(_CACHESTAT, fd, span, told, 0) and not told[1]
+        os.close(fd)
+        return not is_clean
+    return True
+
+
+def _opened(path: bytes) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def reserve(fd: int, size: int) -> None:
@@ -108,16 +150,45 @@ def aligned_buffer(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size))
 
 
-def is_cached(fd: int, offset: int) -> bool:
-    """Tell whether the page at `offset` is in the page cache, without reading it from the disk."""
+def cached_blocks(fd: int, size: int, block: int) -> Container[int]:
+    """Return which blocks of a file have a page in the page cache, without reading anything from the disk.
+
+    The kernel tells it of files that are ours or that we may write (cachestat,
+    Linux 6.5). Of others only two pages are asked for: if one is there, all
+    blocks count as cached.
+    """
+    count = -(-size // block)
+    found = set()
+    told = (ctypes.c_uint64 * 5)()
+    for number in range(count):
+        span = (ctypes.c_uint64 * 2)(number * block, block)
+        if platform.system() != "Linux" or _libc.syscall(_CACHESTAT, fd, span, told, 0) != 0:
+            return range(count if _is_cached(fd, (0, size - 1)) else 0)
+        if told[0]:
+            found.add(number)
+    return found
+
+
+def _is_cached(fd: int, offsets: tuple[int, ...]) -> bool:
+    """Tell whether any of these pages is in the page cache."""
     if not hasattr(os, "RWF_NOWAIT"):
+        return True  # cannot be told: then nothing is dropped
+    try:
+        # A page that is not there is not waited for, but the kernel begins to read it, and with it what follows.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return any(_is_page_cached(fd, offset) for offset in offsets)
+    except OSError:
         return True
+    finally:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
+
+
+def _is_page_cached(fd: int, offset: int) -> bool:
     try:
         os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
     except BlockingIOError:
         return False
-    except OSError:
-        return True  # cannot be told: then nothing is dropped
     return True
 
 
@@ -132,20 +203,6 @@ def set_direct(fd: int, *, on: bool) -> None:
     """Switch O_DIRECT of an open file; raise OSError where it is refused."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags | O_DIRECT if on else flags & ~O_DIRECT)
-
-
-class MountWatch:
-    """Tells whether anything was mounted or unmounted since it was last asked."""
-
-    def __init__(self) -> None:
-        self._poll: select.poll | None = None
-        with contextlib.suppress(OSError, AttributeError):
-            fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
-            self._poll = select.poll()
-            self._poll.register(fd, select.POLLPRI)
-
-    def has_changed(self) -> bool:
-        return self._poll is None or bool(self._poll.poll(0))
 
 
 class RangeLocks:

@@ -2,7 +2,8 @@
 
 No call of this module waits for a lane, and the thread never waits for a single
 one: pipes are non-blocking, a lane that does not move is killed and left alone
-until the kernel lets go of it. Only then has its attempt ended.
+until the kernel lets go of it. Only then has its attempt ended. The rate is not
+divided here: each lane is told the whole, and they share it (`_copy_pace`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from trigger_daemon.actions import Progress
+from trigger_daemon.actions._copy_pace import RULES, Tills
+from trigger_daemon.core.model import Fault, Scope
+
 PULSE_S = 0.25  # how often rates, pauses and deadlines are looked at while work goes on
+ROOMS_S = 1.0  # how often it is looked what must stay free: that reads the mount table
 IDLE_S = 60.0  # a lane without work ends after this; one stays
+HUNG_LOOK_S = 1.0  # how often an end that is waited for is asked whether its lane was killed
 READ_BYTES = 1 << 16
+TILLS = 4_096  # some 100 kB
 REPORT_MAX = 1 << 28  # bytes without a line end: no report of ours is so long
 
 Pace = tuple[float | None, bool]
@@ -38,18 +47,51 @@ class Work:
     files_done: int = 0
     bytes_done: int = 0
     doing: str = ""
+    stopped: str = ""  # why it stands still, or does not begin, though nothing is wrong with it
     report: Mapping[str, Any] | None = None
     cancelled: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
 
 
+class _Shared:
+    """The tills of this process: pools of all actions draw from the same ones, for rules each from its own."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self._lock = threading.Lock()
+        self._taken: set[range] = set()
+
+    def take(self, count: int, directory: str) -> range:
+        with self._lock:
+            if self.fd < 0:
+                self.fd = Tills.make(TILLS, directory)
+            first = RULES
+            for taken in sorted(self._taken, key=lambda one: one.start):
+                if first + count <= taken.start:
+                    break
+                first = taken.stop
+            if first + count > TILLS:
+                raise AssertionError("more pools than anybody has actions")
+            mine = range(first, first + count)
+            self._taken.add(mine)
+            return mine
+
+    def give(self, mine: range) -> None:
+        with self._lock:
+            self._taken.discard(mine)
+
+
+_SHARED = _Shared()
+
+
 class _Lane:
     """One worker process."""
 
-    def __init__(self, argv: list[str], env: Mapping[str, str]) -> None:
+    def __init__(self, argv: list[str], env: Mapping[str, str], tills: int) -> None:
         self.process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", env=env, start_new_session=True, bufsize=0
-        )
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", env=env, start_new_session=True, bufsize=0,
+            pass_fds=(tills,),
+        )  # fmt: skip
         assert self.process.stdin and self.process.stdout
         self.into = self.process.stdin.fileno()
         self.out = self.process.stdout.fileno()
@@ -62,6 +104,8 @@ class _Lane:
         self.moved_at = 0.0
         self.idle_since = time.monotonic()
         self.pace: Pace = (None, False)
+        self.rooms: dict[str, Any] = {}
+        self.rule_till = RULES
         self.why_killed = ""
 
     def close(self) -> None:
@@ -72,22 +116,36 @@ class _Lane:
 
 
 class Lanes:
-    """The pool. `pace()` gives the limit for all lanes together, in bytes per second, and whether to stand still."""
+    """The pool.
+
+    `pace()` gives the limit for all lanes together, in bytes per second, and
+    whether to stand still; `stopped(order)` why this one may not write now,
+    `rooms(order)` how much it leaves free. All are asked several times a second, by the pool's thread.
+    """
 
     def __init__(
         self,
         *,
+        worker: str = "trigger_daemon.actions._lane",
         state_dir: str,
         most: int,
         deadline_s: float,
         pace: Callable[[], Pace],
+        stopped: Callable[[Mapping[str, Any]], str],
+        rooms: Callable[[Mapping[str, Any]], dict[str, Any]],
         news: Callable[[Work], None],
         env: Mapping[str, str],
     ) -> None:
-        self._argv = [sys.executable, "-P", "-m", "trigger_daemon.actions._lane", str(os.getpid()), state_dir]
+        self._rule_tills = _SHARED.take(most + 1, state_dir)  # a lane more than `most`: the one for questions
+        self._tills = _SHARED.fd
+        self._argv = [
+            sys.executable, "-P", "-m", worker, str(os.getpid()), state_dir, str(self._tills),
+        ]  # fmt: skip
         self._most = most
         self._deadline_s = deadline_s
         self._pace = pace
+        self._stopped = stopped
+        self._rooms = rooms
         self._news = news
         self._env = env
         self._queue: deque[Work] = deque()
@@ -137,7 +195,7 @@ class Lanes:
     # -------------------------------------------------------------- the pool's thread
 
     def _loop(self) -> None:
-        pulse_at = 0.0
+        pulse_at = rooms_at = 0.0
         while not self._stop:
             for key, mask in self._selector.select(self._patience()):
                 if key.data is None:
@@ -153,8 +211,13 @@ class Lanes:
             now = time.monotonic()
             if now >= pulse_at:
                 pulse_at = now + PULSE_S
-                self._tell_pace()
+                for lane in self._lanes:
+                    self._tell_pace(lane)
                 self._supervise(now)
+            if now >= rooms_at:
+                rooms_at = now + ROOMS_S
+                for lane in self._lanes:
+                    self._tell_rooms(lane)
         for lane in [*self._lanes, *self._dying]:
             lane.process.kill()
         until = time.monotonic() + 1.0
@@ -165,41 +228,68 @@ class Lanes:
         self._selector.close()
         os.close(self._wake_out)
         os.close(self._wake_in)
+        _SHARED.give(self._rule_tills)
 
     def _patience(self) -> float | None:
         """Return how long the thread may sleep: idle, it wakes only to let a lane go."""
-        if self._dying or any(lane.work for lane in self._lanes):
+        if self._dying or self._queue or any(lane.work for lane in self._lanes):
             return PULSE_S
         return IDLE_S if len(self._lanes) > 1 else None
 
     def _assign(self) -> None:
         while self._quick or self._queue:
             queue = self._quick or self._queue
-            lane = self._free_lane(queue)
+            work = self._next(queue)
+            if work is None:
+                return
+            try:
+                lane = self._free_lane(self._most + (queue is self._quick))
+            except OSError as fault:
+                queue.remove(work)
+                self._end(work, _failed("batch", f"cannot start a copying worker: {fault}"))
+                return
             if lane is None:
                 return
-            work = queue.popleft()
-            pace = self._share(1 + sum(1 for other in self._lanes if other.work))
+            queue.remove(work)
             if work.cancelled:
                 work.order["do"] = "clean"
-            lane.work, lane.steps, lane.moved_at, lane.pace = work, -1, time.monotonic(), pace
+            lane.work, lane.steps, lane.moved_at, lane.pace = work, -1, time.monotonic(), (self._pace()[0], False)
             work.status = "running"
-            self._put(lane, {"pace": pace})
-            self._put(lane, {**work.order, "generation": self._generation})
+            self._choose_till(lane, work)
+            self._put(lane, {"pace": lane.pace})
+            self._tell_pace(lane)
+            lane.rooms = self._rooms(work.order)
+            about = {"rooms": lane.rooms, "rule_till": lane.rule_till, "generation": self._generation}
+            self._put(lane, {**work.order, **about})
             self._send(lane)
 
-    def _free_lane(self, queue: deque[Work]) -> _Lane | None:
+    def _next(self, queue: deque[Work]) -> Work | None:
+        """Return the first that may write: those that may not would only take the lanes of others."""
+        whys: dict[tuple[str, bool], str] = {}
+        for work in list(queue):
+            key = (work.destination, self._writes(work))
+            if key not in whys:
+                whys[key] = self._why_stopped(work)
+            work.stopped = whys[key]
+            if not work.stopped:
+                return work
+        return None
+
+    def _choose_till(self, lane: _Lane, work: Work) -> None:
+        """Let all runs of a rule draw from one till: of these there are as many as lanes."""
+        others = [other for other in self._lanes if other is not lane and other.work]
+        used = {other.work.order["rule"]: other.rule_till for other in others if other.work}
+        free = (till for till in self._rule_tills if till not in used.values())
+        lane.rule_till = used.get(work.order["rule"]) or next(free)
+
+    def _free_lane(self, most: int) -> _Lane | None:
+        """Return a lane without work, a new one if there are fewer than `most`. Raises OSError."""
         for lane in reversed(self._lanes):  # the last used is warm
             if lane.work is None:
                 return lane
-        if len(self._lanes) >= self._most + (queue is self._quick):
+        if len(self._lanes) >= most:
             return None
-        try:
-            lane = _Lane(self._argv, self._env)
-        except OSError as fault:
-            work = queue.popleft()
-            self._end(work, _failed("batch", f"cannot start a copying worker: {fault}"))
-            return None
+        lane = _Lane(self._argv, self._env, self._tills)
         self._selector.register(lane.out, selectors.EVENT_READ, lane)
         self._lanes.append(lane)
         return lane
@@ -282,20 +372,31 @@ class Lanes:
 
     # ---------------------------------------------------------------------- watching
 
-    def _share(self, working: int) -> Pace:
-        limit, paused = self._pace()
-        return (limit / max(1, working) if limit is not None else None), paused
+    def _writes(self, work: Work) -> bool:
+        return work.order["do"] == "copy" and not work.cancelled
 
-    def _tell_pace(self) -> None:
-        working = [lane for lane in self._lanes if lane.work]
-        if not working:
+    def _why_stopped(self, work: Work) -> str:
+        """Return why a copy may not write now; what only reads, or removes what it left, goes on."""
+        return self._stopped(work.order) if self._writes(work) else ""
+
+    def _tell_pace(self, lane: _Lane) -> None:
+        """Tell a lane its pace if that is another one now."""
+        if lane.work is None:
             return
-        pace = self._share(len(working))
-        for lane in working:
-            if lane.pace != pace:
-                lane.pace = pace
-                self._put(lane, {"pace": pace})
-                self._send(lane)
+        limit, paused = self._pace()
+        lane.work.stopped = self._why_stopped(lane.work)
+        pace = (limit, paused or bool(lane.work.stopped))
+        if lane.pace != pace:
+            lane.pace = pace
+            self._put(lane, {"pace": pace})
+            self._send(lane)
+
+    def _tell_rooms(self, lane: _Lane) -> None:
+        """Tell a lane what it leaves free if that is something else now."""
+        if lane.work is not None and (rooms := self._rooms(lane.work.order)) != lane.rooms:
+            lane.rooms = rooms
+            self._put(lane, {"rooms": rooms, "of": [lane.work.order["run"], lane.work.order["attempt"]]})
+            self._send(lane)
 
     def _supervise(self, now: float) -> None:
         for lane in list(self._lanes):
@@ -354,3 +455,62 @@ class Lanes:
 def _failed(scope: str, why: str, hint: str = "") -> dict[str, Any]:
     fault = {"kind": "transient", "scope": scope, "why": why, "hint": hint, "counts": True}
     return {"status": "failed", "fault": fault, "changed": [], "differs": {}, "files": 0, "bytes": 0, "output": None}
+
+
+# --------------------------------------------------------------- what actions say of their work
+
+
+def progress_of(work: Work) -> Progress:
+    """Return how an attempt stands, as its lane tells it."""
+    report = work.report
+    if report is None:
+        why, hint = _why_still(work)
+        return Progress(
+            "inactive" if work.status == "hung" else "active",
+            why=why,
+            hint=hint,
+            files_done=work.files_done,
+            bytes_done=work.bytes_done,
+        )
+    fault = fault_of(report["fault"]) if report.get("fault") else None
+    return Progress(
+        report["status"],
+        why=fault.why if fault else "",
+        hint=fault.hint if fault else "",
+        fault=fault,
+        files_done=work.files_done,
+        bytes_done=work.bytes_done,
+        output=report["output"],
+        changed=tuple(report["changed"]),
+    )
+
+
+def awaited(work: Work) -> Fault | None:
+    """Wait for its end; return what a person must see to if its worker was killed, and may never end."""
+    while not work.ended.wait(HUNG_LOOK_S):
+        if work.status == "hung":
+            return Fault("transient", *_why_still(work), Scope.DESTINATION, counts=False)
+    return None
+
+
+def fault_of(told: Mapping[str, Any]) -> Fault:
+    wait_s = told.get("retry_after_s")
+    return Fault(told["kind"], told["why"], told["hint"], Scope(told["scope"]), wait_s, counts=told["counts"])
+
+
+def _why_still(work: Work) -> tuple[str, str]:
+    """Return why an attempt does not move, and what to do; only a hung one is a person's matter."""
+    if work.status == "hung":
+        why = f"the copying worker hangs: {work.doing}"
+        return why, "is the destination, or the watched share, still answering?"
+    if work.stopped:
+        return f"stands still: {work.stopped}", "it goes on by itself once that is over"
+    return ("waiting for a free lane", "") if work.status == "queued" else ("", "")
+
+
+def lane_environment() -> dict[str, str]:
+    """Return the environment of a lane: it must find this very package, and little else."""
+    package = str(Path(__file__).resolve().parents[2])
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "TRIGGER_FAIL") if name in os.environ}
+    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**kept, "LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(paths)}

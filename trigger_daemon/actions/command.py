@@ -46,6 +46,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trigger_daemon import programs
 from trigger_daemon.actions import (
     Context,
     Differs,
@@ -71,10 +72,6 @@ WORDS_BYTES = 2_000  # of a stream's end, for people and for the journal
 ATTEMPTS_KEPT = 3  # directories of one run; a run that is retried for a week must not fill the disk
 CLOSE_S = 2.0  # how long close() waits for verifications to end
 
-# What the daemon's environment holds for the daemon alone.
-_OURS = re.compile(
-    r"NOTIFY_SOCKET|CREDENTIALS_DIRECTORY|WATCHDOG_.*|LISTEN_(FDS|PID|FDNAMES)|JOURNAL_STREAM|TRIGGER_.*"
-)
 _NAME = re.compile(r"(\d+)-(\d+)(\.verify)?")  # of an attempt's directory: run, attempt
 _STOPPING = (1, 2, 15)  # HUP, INT, TERM
 
@@ -402,7 +399,7 @@ class Action:
                 process = subprocess.Popen(
                     [*supervisor, directory, repr(timeout_s), repr(GRACE_S), program, cwd, *argv],
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
-                    env=_environment(request, directory), cwd="/", start_new_session=True,
+                    env=self._environment(request, directory), cwd="/", start_new_session=True,
                 )
         except OSError as why:
             if why.errno == errno.E2BIG:
@@ -422,6 +419,12 @@ class Action:
         if standing(directory).phase == "fresh":
             words = _tail(os.path.join(directory, "supervisor.log"))
             raise Refused(Fault("transient", f"the supervisor did not begin: {words}", counts=False))
+
+    def _environment(self, request: Request, directory: str) -> dict[str, str]:
+        """Return the program's environment, with the rate it may take now where there is one."""
+        rates = [rate for rate in (self._context.bandwidth(), request.bandwidth) if rate is not None]
+        told = {"TRIGGER_BANDWIDTH": str(int(min(rates)))} if rates else {}
+        return _environment(request, directory) | told
 
     def _take_back(self, directory: str) -> bool:
         """Undo a layout of which surely nothing was and will be executed; false if somebody was faster.
@@ -625,7 +628,7 @@ def _program(request: Request, which: str, directory: str) -> tuple[str, list[st
 
 def _environment(request: Request, directory: str) -> dict[str, str]:
     """Return the daemon's environment without what is the daemon's own, and what the program is to know."""
-    kept = {name: value for name, value in os.environ.items() if not _OURS.fullmatch(name)}
+    kept = programs.environment()
     added = {name: str(value) for name, value in (request.options.get("env") or {}).items()}
     captures = {f"TRIGGER_{name.upper()}": value for name, value in request.captures.items()}
     return kept | added | captures | {

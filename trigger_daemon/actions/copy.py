@@ -10,19 +10,19 @@ share nor a slow disk can hold the daemon up. `verify` returns what was read bac
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trigger_daemon.actions import Context, Differs, Json, Progress, Proof, Refused, Request, Unknown, Unproven
+from trigger_daemon.actions import Context, Differs, File, Json, Progress, Proof, Refused, Request, Unknown, Unproven
 from trigger_daemon.actions._copy_files import DIGESTS
 from trigger_daemon.actions._copy_store import Store
 from trigger_daemon.actions._copy_sums import said_by
-from trigger_daemon.actions._lanes import Lanes, Pace, Work
+from trigger_daemon.actions._lanes import Lanes, Pace, Work, awaited, fault_of, lane_environment, progress_of
 from trigger_daemon.core.grammar import Option, OptionFault, Options
 from trigger_daemon.core.model import Fault, Scope
 
@@ -97,6 +97,13 @@ class Action:
     def writes(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(_static(path, {}) for path in _paths(options))
 
+    def targets(self, request: Request) -> Iterator[tuple[str, File]]:
+        """Yield where the files of a request would be written."""
+        flat = request.options.get("layout", "keep") == "flat"
+        for path in _paths(request.options):
+            for file in request.files:
+                yield f"{os.path.normpath(path)}/{file.path.rpartition('/')[2] if flat else file.path}", file
+
     # -------------------------------------------------------------------- attempts
 
     def prepare(self, request: Request) -> Json:
@@ -129,7 +136,7 @@ class Action:
                     work = self._submit(request, "copy")
                 except Refused as refused:
                     return Progress("failed", why=refused.fault.why, hint=refused.fault.hint, fault=refused.fault)
-        return self._progress(work)
+        return progress_of(work)
 
     def cancel(self, request: Request, handle: Json) -> None:
         with self._lock:
@@ -154,7 +161,8 @@ class Action:
                 work = self._submit(request, "prove")
             except Refused as refused:
                 return Unproven(refused.fault)
-        work.ended.wait()
+        if (hangs := awaited(work)) is not None:
+            return Unproven(hangs)
         report = work.report or {"fault": None, "differs": {}, "changed": []}
         if report["differs"]:
             return Differs(report["differs"], tuple(report["changed"]))
@@ -162,7 +170,7 @@ class Action:
         if found is not None:
             return found
         fault = report["fault"]
-        return Unproven(_fault(fault) if fault else Fault("transient", "the proof was cut short", counts=False))
+        return Unproven(fault_of(fault) if fault else Fault("transient", "the proof was cut short", counts=False))
 
     def forget(self, run: int) -> None:
         """Drop the records of a run: the journal has its proof, or nobody wants it any more."""
@@ -205,8 +213,7 @@ class Action:
 
     def _order(self, request: Request, do: str) -> dict[str, Any]:
         options = request.options
-        values = {**request.group, **request.captures, "rule": request.rule}
-        to = [(os.path.normpath(path), _static(os.path.normpath(path), values)) for path in _paths(options)]
+        to = list(zip(map(os.path.normpath, _paths(options)), _fixed(request), strict=True))
         _refuse_impossible(request, [path for path, _ in to])
         settings = self._context.settings
         verifies = options.get("own_digest", "ignore") == "verify"
@@ -214,9 +221,11 @@ class Action:
             "do": do, "run": request.run, "attempt": request.attempt, "owner": self._owner,
             "files": [(file.root.rstrip("/"), file.path, file.size, file.mtime_ns, file.content if verifies else "")
                       for file in request.files],
-            "to": to, "layout": options.get("layout", "keep"), "if_exists": options.get("if_exists", "hold"),
+            "to": to, "keep": dict(request.keep),
+            "layout": options.get("layout", "keep"), "if_exists": options.get("if_exists", "hold"),
             "digest": _digest(options), "sums": options.get("sums"),
-            "bandwidth": options.get("bandwidth"), "state_dir": self._context.state_dir,
+            "bandwidth": options.get("bandwidth"), "rule": request.rule, "rule_bandwidth": request.bandwidth,
+            "state_dir": self._context.state_dir,
             "large": settings.get("large_bytes", LARGE_BYTES), "segment": settings.get("segment_bytes", SEGMENT_BYTES),
         }  # fmt: skip
 
@@ -229,8 +238,10 @@ class Action:
                 most=settings.get("lanes", LANES),
                 deadline_s=settings.get("deadline_s", DEADLINE_S),
                 pace=self._pace,
+                stopped=self._stopped,
+                rooms=self._rooms,
                 news=self._news,
-                env=_lane_environment(),
+                env=lane_environment(),
             )
         return self._lanes
 
@@ -244,6 +255,15 @@ class Action:
     def _pace(self) -> Pace:
         return self._context.bandwidth(), self._context.paused()
 
+    def _stopped(self, order: Mapping[str, Any]) -> str:
+        """Return why none of its destinations may be written to now: a file goes to all of them at once."""
+        return next(filter(None, (self._context.stopped(path) for path, _ in order["to"])), "")
+
+    def _rooms(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what must stay free: at each destination, and on each file system that links may lead to."""
+        return {"to": [self._context.reserve(path) for path, _ in order["to"]],
+                "reserves": {device: list(amount) for device, amount in self._context.reserves().items()}}  # fmt: skip
+
     def _news(self, work: Work) -> None:
         self._context.nudge(work.order["run"], work.order["attempt"])
 
@@ -256,30 +276,6 @@ class Action:
             if key is None:
                 return
             del self._work[key]
-
-    def _progress(self, work: Work) -> Progress:
-        report = work.report
-        if report is None:
-            hung = work.status == "hung"
-            return Progress(
-                "inactive" if hung else "active",
-                why=f"the copying worker hangs: {work.doing}" if hung
-                else "waiting for a free lane" if work.status == "queued" else "",
-                hint="is the destination, or the watched share, still answering?" if hung else "",
-                files_done=work.files_done,
-                bytes_done=work.bytes_done,
-            )
-        fault = _fault(report["fault"]) if report.get("fault") else None
-        return Progress(
-            report["status"],
-            why=fault.why if fault else "",
-            hint=fault.hint if fault else "",
-            fault=fault,
-            files_done=work.files_done,
-            bytes_done=work.bytes_done,
-            output=report["output"],
-            changed=tuple(report["changed"]),
-        )
 
     def _proof(self, request: Request) -> Proof | None:
         """Return the proof if there is a record for every file at every destination, but for changed files."""
@@ -300,10 +296,6 @@ class Action:
                     return None
                 members.append(row[4])
         return Proof(tuple(members), tuple(path for path, _ in changed.values()))
-
-
-def _fault(told: Mapping[str, Any]) -> Fault:
-    return Fault(told["kind"], told["why"], told["hint"], Scope(told["scope"]), counts=told["counts"])
 
 
 def _paths(options: Mapping[str, Any]) -> list[str]:
@@ -333,6 +325,19 @@ def _check_digest(options: Mapping[str, Any]) -> None:
     if library and importlib.util.find_spec(library) is None:
         raise OptionFault("sums" if said and not written else "digest", f"{digest} needs the library {library}",
                           f"install {library}, or choose sha256")
+
+
+def _fixed(request: Request) -> list[str]:
+    """Return the part of each `to` that must exist: up to the first component with a template, all without one."""
+    if request.written is None:  # of an earlier version
+        values = {**request.group, **request.captures}
+        return [_static(os.path.normpath(path), values) for path in _paths(request.options)]
+    fixed = []
+    for path in _paths({**request.options, **request.written}):
+        components = os.path.normpath(path).split("/")
+        kept = list(itertools.takewhile(lambda component: "{" not in component, components))
+        fixed.append("/".join(kept) or "/")
+    return fixed
 
 
 def _static(path: str, values: Mapping[str, str]) -> str:
@@ -379,11 +384,3 @@ def _refuse_impossible(request: Request, to: list[str]) -> None:
             if any(f"{path}/{place}".startswith(root) for root in roots):
                 raise Refused(Fault("permanent", f"{path}/{place} lies in the watched directory",
                                     "choose a `to` outside of it: the daemon never writes where it watches"))
-
-
-def _lane_environment() -> dict[str, str]:
-    """Return the environment of a lane: it must find this very package, and little else."""
-    package = str(Path(__file__).resolve().parents[2])
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "TRIGGER_FAIL") if name in os.environ}
-    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**kept, "LC_ALL": "C.UTF-8", "PYTHONPATH": os.pathsep.join(paths)}

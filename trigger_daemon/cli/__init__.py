@@ -15,14 +15,15 @@ from typing import Any
 
 import click
 
-from trigger_daemon import __version__
+from trigger_daemon import __version__, garbage
 from trigger_daemon.cli import commands
 
+COMPLETE = "_TRIGGER_DAEMON_COMPLETE"  # click's variable for completion
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells call it: 128 + SIGINT, 128 + SIGPIPE
 
 _NOUNS = (
     "demo", "serve", "status", "explain", "pause", "resume", "rules", "batches", "files", "runs", "alarms", "roots",
-    "journal",
+    "storage", "journal", "globus", "mqtt", "doctor",
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def program() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run one command and exit with its code."""
+    garbage.seldom()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -71,7 +73,10 @@ def _run(setup: commands.Setup, args: list[str] | None) -> int:
         return code if isinstance(code, int) else commands.OK
     except click.exceptions.Exit as left:
         return left.exit_code
-    except SystemExit:  # so click tells, also to those who call it themselves, that the reader of our output has left
+    except SystemExit as ended:
+        if COMPLETE in os.environ:  # a shell asked how a line may go on
+            return ended.code if isinstance(ended.code, int) else commands.OK
+        # So click tells, also to those who call it themselves, that the reader of our output has left.
         return PIPE_CLOSED
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
@@ -80,6 +85,8 @@ def _run(setup: commands.Setup, args: list[str] | None) -> int:
         if error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
         help_ = f"`{error.ctx.command_path} --help` tells more" if error.ctx is not None else ""
+        if isinstance(error, commands.Asked):
+            help_ = error.hint
         setup.fail(error.format_message(), help_)
         return commands.USAGE
     except click.ClickException as error:

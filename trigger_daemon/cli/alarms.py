@@ -14,8 +14,6 @@ from trigger_daemon.cli.text import age, clock, safe, timed
 if TYPE_CHECKING:
     from trigger_daemon.reader import Reader
 
-JOURNAL_KEY = "journal"  # raised when the journal cannot be written: it stands in the heartbeat alone
-
 
 @click.group(cls=Group)
 def alarms() -> None:
@@ -26,6 +24,7 @@ def alarms() -> None:
 @pass_setup
 def list_(setup: Setup) -> None:
     """Show the alarms that stand, the oldest first."""
+    setup.tell_if_down()
     found = open_alarms(setup.reader, setup.client.heartbeat() if setup.client.alive() else None)
     if setup.json:
         setup.data({"alarms": [timed(alarm) for alarm in found]})
@@ -46,10 +45,14 @@ def ack(setup: Setup, key: str, why: str) -> None:
 
 
 def open_alarms(reader: Reader, heartbeat: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the alarms of the journal, and of a living daemon's heartbeat what cannot be in it."""
+    """Return the alarms of the journal, and of a living daemon's heartbeat what cannot be in it, and newer words."""
     found = reader.open_alarms()
     if heartbeat is not None:
-        found += [{**alarm, "acked_time": None} for alarm in heartbeat["alarms"] if alarm["key"] == JOURNAL_KEY]
+        newer = {alarm["key"]: {"what": alarm["what"], "hint": alarm["hint"]} for alarm in heartbeat["alarms"]}
+        found = [alarm | newer.get(alarm["key"], {}) for alarm in found]
+        known = {alarm["key"] for alarm in found}
+        own = [alarm for alarm in heartbeat["alarms"] if alarm.get("journaled") is False and alarm["key"] not in known]
+        found += [{**alarm, "acked_time": None} for alarm in own]
     return found
 
 

@@ -59,7 +59,7 @@ def _closed(found: list[dict[str, Any]]) -> None:
         return
     now = time.time()
     shown = text.table(
-        ("run", "right"), ("rule", "name"), ("group", "name"), ("files", "right"), ("size", "right"),
+        ("run", "right"), ("rule", "name"), ("group", "group"), ("files", "right"), ("size", "right"),
         ("closed because", "wide"), ("ago", "right"), ("state", "word"),
     )  # fmt: skip
     for batch in found:

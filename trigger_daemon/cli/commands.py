@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from trigger_daemon.cli import place
 
@@ -68,6 +69,12 @@ class Setup:
         said = {key: value for key, value in args.items() if value is not None}
         return self.client.ask(verb, said, who(), why, timeout_s)
 
+    def tell_if_down(self) -> None:
+        """Say that what is shown is of the past, if it is: without a daemon nothing raises an alarm or moves a run."""
+        if not self.client.alive():
+            words = "the daemon does not run: this is what the journal knows of before; see `trigger-daemon status`"
+            click.echo(words, err=True)
+
     def order(self, verb: str, why: str = "", **args: Any) -> dict[str, Any]:
         """Give an order, print what became of it, and end the command with 1 if it was refused."""
         answer = self.ask(verb, why, **args)
@@ -120,6 +127,34 @@ def who() -> str:
 # ------------------------------------------------------------------------ options
 
 
+class FileName(click.ParamType[str]):
+    """A path as it was typed, which a shell completes; click.Path would look at it, and it may lie on a dead mount."""
+
+    name = "path"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+class FilePath(FileName):
+    """The same, as a Path: what is read or walked later is looked at by who does it, who knows how long to wait."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Path(value)
+
+
+FILE_NAME = FileName()
+FILE_PATH = FilePath()
+
+
+class Asked(click.UsageError):
+    """A command was called without what it is about; the hint says how to find it."""
+
+    def __init__(self, message: str, hint: str, ctx: click.Context | None = None) -> None:
+        super().__init__(message, ctx)
+        self.hint = hint
+
+
 def _setup(context: click.Context) -> Setup:
     return context.ensure_object(Setup)
 
@@ -140,11 +175,15 @@ def _common() -> list[click.Parameter]:
             ["-F", "--format"], type=click.Choice(["text", "json"]), expose_value=False, callback=_take_format,
             help="For people (text) or programs (json).",
         ),
-        click.Option(
-            ["--config"], type=click.Path(path_type=Path), metavar="FILE", expose_value=False, callback=_take_config,
-            help="Settings of the daemon; /etc/trigger-daemon/config.yaml if absent.",
-        ),
+        _config(),
     ]  # fmt: skip
+
+
+def _config() -> click.Option:
+    return click.Option(
+        ["--config"], type=FILE_PATH, metavar="FILE", expose_value=False, callback=_take_config,
+        help="Settings of the daemon; /etc/trigger-daemon/config.yaml if absent.",
+    )  # fmt: skip
 
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -157,6 +196,15 @@ class Command(click.Command):
         keys.setdefault("context_settings", _CONTEXT)
         super().__init__(*args, **keys)
         self.params.extend(_common())
+
+
+class OwnFormat(click.Command):
+    """A command whose data has formats of its own: it declares `--format` itself."""
+
+    def __init__(self, *args: Any, **keys: Any) -> None:
+        keys.setdefault("context_settings", _CONTEXT)
+        super().__init__(*args, **keys)
+        self.params.append(_config())
 
 
 class Group(click.Group):
@@ -189,7 +237,7 @@ class Lazy(Group):
             return None
         command = getattr(importlib.import_module(module), cmd_name)
         assert isinstance(command, click.Command)
-        if not isinstance(command, Command | Group):
+        if not isinstance(command, Command | OwnFormat | Group):
             command.params.extend(_common())
         return command
 

@@ -1,4 +1,4 @@
-"""`explain PATH`: why a file was, or was not yet, sent.
+"""`explain PATH...`: why a file was, or was not yet, sent.
 
 Three are asked: the running daemon about files on their way, the journal about
 what was batched, and the disk about what is there now. Nothing is written.
@@ -6,9 +6,7 @@ what was batched, and the disk about what is there now. Nothing is written.
 
 from __future__ import annotations
 
-import os
 import stat
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trigger_daemon.cli import text
-from trigger_daemon.cli.commands import Command, Setup, absolute, pass_setup
+from trigger_daemon.cli.commands import FILE_NAME, Command, Setup, absolute, pass_setup
 from trigger_daemon.core.model import (
     CLAIM_BASELINE,
     CLAIM_MARKER,
@@ -27,11 +25,14 @@ from trigger_daemon.core.model import (
     RunState,
 )
 from trigger_daemon.errors import NotRunning, TriggerError
+from trigger_daemon.eyes import Eyes, Hangs
 
 if TYPE_CHECKING:
-    from trigger_daemon.reader import ClaimOf, Reader
+    from trigger_daemon.reader import ClaimOf, Reader, ReclaimOf
 
 LOOK_S = 3.0  # a share that does not answer must not keep the command
+
+IN_IT = "name a file in it; `trigger-daemon files list` shows what is not sent yet, `runs list` what was"
 
 _CODES = {
     CLAIM_BASELINE: ("baseline", "it was there when the rule was accepted (existing: ignore)"),
@@ -54,6 +55,7 @@ class Present:
     version: tuple[int, int] | None  # size, mtime_ns
     words: str
     absent: bool = False
+    hint: str = ""
 
 
 @dataclass(slots=True)
@@ -66,17 +68,24 @@ class Answers:
     running: bool
     waits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # run -> what the daemon says of it
     away: Mapping[str, str] = field(default_factory=dict)  # root -> why it is away
+    reclaims: Sequence[ReclaimOf] = ()  # the newest first
 
 
 @click.command(cls=Command)
-@click.argument("path")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=FILE_NAME)
 @pass_setup
-def explain(setup: Setup, path: str) -> None:
+def explain(setup: Setup, paths: tuple[str, ...]) -> None:
     """Say for each rule where a file stands, and why it was or was not yet sent.
 
     Works when the daemon is down, as far as the journal knows. The path need not exist any more.
     """
-    path = absolute(path)
+    told = [_explain(setup, absolute(path), first=not number) for number, path in enumerate(paths)]
+    if setup.json:
+        setup.data(told[0] if len(told) == 1 else {"files": told})
+
+
+def _explain(setup: Setup, path: str, *, first: bool) -> dict[str, Any]:
+    """Tell of one path, as text or in what is returned."""
     reader, client = setup.reader, setup.client
     running = client.alive()
     heartbeat = client.heartbeat() or {}
@@ -94,46 +103,55 @@ def explain(setup: Setup, path: str) -> None:
         root["path"]: f"{root['path']} is {root['health']}: {root['why']}"
         for root in heartbeat.get("roots", ()) if running and root["health"] in ("lost", "suspect")
     }  # fmt: skip
-    answers = Answers(path, look(path), claims, running, away=away)
+    answers = Answers(path, look(path), claims, running, away=away, reclaims=reclaims_below(reader, path))
     if running:
         answers.waits = _waits(setup, claims)
     found = [_about(answers, reader, about) for about in rules]
     named = {about["rule"] for about in rules if about["stage"] != "unmatched"}
-    for rule in dict.fromkeys(claim.rule for _, claim in claims if claim.rule not in named):
+    dealt = [*(claim.rule for _, claim in claims), *(one.rule for one in answers.reclaims if one.rule)]
+    for rule in dict.fromkeys(rule for rule in dealt if rule not in named):
         found = [about for about in found if about["rule"] != rule]
         found.append(_about(answers, reader, {"rule": rule, "stage": "", "because": "", "until_time": None}))
+    reclaim = _reclaim(setup, answers, heartbeat if running else None)
+    found = [{**about, "reclaim": reclaim.get(about["rule"])} for about in found]
     if setup.json:
-        setup.data({"path": path, "rules": [text.timed(about) for about in found]})
-        return
+        reclaims = [text.timed(one._asdict()) for one in answers.reclaims]
+        told = {"path": path, "rules": [text.timed(about) for about in found], "reclaims": reclaims}
+        return {**told, "hint": answers.present.hint} if answers.present.hint else told
+    if not first:
+        click.echo()
     _print(answers, found)
-    if not found:
-        roots = ", ".join(map(text.name, sorted(reader.roots())))
-        click.echo(f"no rule watches a directory above it; watched are: {roots}" if roots else "nothing is watched yet")
+    roots = sorted(reader.roots())
+    if path in roots:
+        click.echo("it is watched itself")
+    elif not found:
+        others = f"; watched are: {', '.join(map(text.name, roots))}"
+        click.echo(f"no rule watches a directory above it{others}" if roots else "nothing is watched yet")
+    if answers.present.hint:
+        text.note(f"hint: {answers.present.hint}")
+    return {}
 
 
 def look(path: str) -> Present:
     """Return what is at a path now, waiting no longer than LOOK_S."""
-    seen: list[Present] = []
-    # A thread, because an lstat on a dead mount cannot be interrupted; a daemon one, because nobody waits for it.
-    thread = threading.Thread(target=lambda: seen.append(_look(path)), daemon=True)
-    thread.start()
-    thread.join(LOOK_S)
-    return seen[0] if seen else Present(None, f"its file system has not answered for {LOOK_S:g} s")
-
-
-def _look(path: str) -> Present:
+    eyes = Eyes(deadline_s=LOOK_S, everywhere=True)
     try:
-        found = os.lstat(path)
+        found = eyes.lstat(path)
+    except Hangs:
+        return Present(None, f"its file system has not answered for {LOOK_S:g} s")
     except (FileNotFoundError, NotADirectoryError):
         return Present(None, "there is no such file", absent=True)
-    except (OSError, ValueError) as error:
-        return Present(None, f"it cannot be looked at: {getattr(error, 'strerror', None) or error}")
+    except OSError as error:
+        return Present(None, f"it cannot be looked at: {error.strerror}")
+    finally:
+        eyes.close()
     if stat.S_ISREG(found.st_mode):
         return Present((found.st_size, found.st_mtime_ns), "")
     kind = "a directory" if stat.S_ISDIR(found.st_mode) else (
         "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no regular file"
     )  # fmt: skip
-    return Present(None, f"it is {kind}; rules deal with regular files only")
+    hint = IN_IT if stat.S_ISDIR(found.st_mode) else ""
+    return Present(None, f"it is {kind}; rules deal with regular files only", hint=hint)
 
 
 def claims_below(reader: Reader, path: str) -> list[tuple[str, ClaimOf]]:
@@ -145,6 +163,16 @@ def claims_below(reader: Reader, path: str) -> list[tuple[str, ClaimOf]]:
             below = path[len(above) :]
             found += [(below, claim) for claim in reader.claims_of(root, below)]
     return sorted(found, key=lambda item: -item[1].batch)
+
+
+def reclaims_below(reader: Reader, path: str) -> list[ReclaimOf]:
+    """Return every set that a file was taken away with, or was to be, below whichever root it lies, newest first."""
+    found: list[ReclaimOf] = []
+    for root in reader.roots():
+        above = root.rstrip("/") + "/"
+        if path.startswith(above):
+            found += reader.reclaims_of(root, path[len(above) :])
+    return sorted(found, key=lambda one: -one.id)
 
 
 def _from_rules(reader: Reader, path: str) -> list[dict[str, Any]]:
@@ -162,6 +190,22 @@ def _from_rules(reader: Reader, path: str) -> list[dict[str, Any]]:
         told = {"stage": "", "because": ""} if stage == "matched" else {"stage": stage, "because": because}
         found.append({"rule": rule.name, **told, "until_time": None})
     return found
+
+
+def _reclaim(setup: Setup, answers: Answers, beat: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return what each rule with `reclaim` says of the version that is there, if it has taken it."""
+    runs: dict[str, int] = {}
+    for _, claim in answers.claims:  # the newest batch first
+        if claim.batch > 0 and (claim.size, claim.mtime_ns) == answers.present.version:
+            runs.setdefault(claim.rule, claim.batch)
+    if not runs:
+        return {}
+    from trigger_daemon.cli.reclaim import of_file
+    from trigger_daemon.config import parse_rules
+
+    source = setup.reader.rules_source() or []
+    rules = parse_rules([(item["file"], item["text"]) for item in source]).rules
+    return of_file(setup, rules, answers.path, runs, beat)
 
 
 def _waits(setup: Setup, claims: Sequence[tuple[str, ClaimOf]]) -> dict[str, dict[str, Any]]:
@@ -186,8 +230,28 @@ def _about(answers: Answers, reader: Reader, about: Mapping[str, Any]) -> dict[s
     told = {"rule": rule, "stage": about["stage"], "because": about["because"], "until_time": about["until_time"]}
     told["run"] = about.get("run")
     if told["stage"] in ("", "batched"):
-        told |= _from_journal(answers, reader, claims)
+        told |= _taken_away(answers, rule) or _from_journal(answers, reader, claims)
     return {**told, "history": history}
+
+
+def _taken_away(answers: Answers, rule: str) -> dict[str, Any] | None:
+    """Say when, why and with what proof a file was deleted here; None if it was not."""
+    if not answers.present.absent or not answers.reclaims:
+        return None
+    ended = (one for one in answers.reclaims if one.state == "done" and one.place in ("gone", "neither"))
+    last = next(ended, answers.reclaims[0])
+    if last.state in ("intended", "confirmed"):
+        because = f"reclaim {last.id} is taking it away; until that is ended its name is {last.hidden}"
+        return {"stage": "reclaimed", "because": because, "run": last.run}
+    if last.state == "kept":  # it was there then, or somebody else had moved it
+        return None
+    proofs = []
+    for proof in last.proofs:
+        copies = [(to, digest) for full, to, digest in proof["copies"] if full == answers.path]
+        where = " and ".join(f"{to} ({digest})" if digest else str(to) for to, digest in copies) or "a place not told"
+        proofs.append(f"run {proof['run']} of {proof['rule']} at {text.rfc3339(proof['time'])}: {where}")
+    because = f"deleted here at {text.rfc3339(last.changed_time)} by the `reclaim` of {last.rule}; proved by "
+    return {"stage": "reclaimed", "because": because + "; ".join(proofs), "run": last.run}
 
 
 def _from_journal(answers: Answers, reader: Reader, claims: Sequence[tuple[str, ClaimOf]]) -> dict[str, Any]:
@@ -220,6 +284,9 @@ def _claimed(answers: Answers, reader: Reader, below: str, claim: ClaimOf) -> di
     """Say what became of a version that a rule dealt with."""
     if claim.batch <= 0:
         stage, because = _CODES.get(claim.batch, ("skipped", f"left out (code {claim.batch})"))
+        if claim.batch == CLAIM_SKIPPED and (order := reader.skipped(answers.path, claim.rule, claim.closed_time)):
+            why = f": {order['why']}" if order["why"] else ", without saying why"
+            because = f"{order['who']} left this version out at {text.rfc3339(order['time'])} (files skip){why}"
         return {"stage": stage, "because": because, "run": None}
     state = RunState(claim.state) if claim.state else None
     run = f"run {claim.batch}"
@@ -288,11 +355,19 @@ def _print(answers: Answers, found: Sequence[Mapping[str, Any]]) -> None:
         until = f" (until {text.clock(about['until_time'])})" if about["until_time"] else ""
         click.echo(f"{text.safe(about['rule'])}: {text.coloured(about['stage'])}")
         click.echo(f"    {text.safe(about['because'])}{until}")
-        earlier = [version for version in about["history"] if not version["present"]]
-        for version in earlier:
-            run = f"run {version['run']}, {version['state']}" if version["run"] else version["stage"]
-            when = text.ago(version["claimed_time"]) or "at an unknown time"
-            click.echo(f"    earlier version: {text.size(version['size'])}, {run}, taken {when}")
+        if about["reclaim"]:
+            click.echo(f"    reclaim: {text.safe(about['reclaim']['because'])}")
+        if about["stage"] == "blocked" or about["because"].endswith("(stalled)"):
+            click.echo("    hint: `files go PATH` sends it as it is, `files skip PATH` leaves this version out")
+        noun = "earlier version" if version is not None else "version"  # of a file that is gone, each was there once
+        for one in about["history"]:
+            if not one["present"]:
+                run = f"run {one['run']}, {one['state']}" if one["run"] else one["stage"]
+                when = text.ago(one["claimed_time"]) or "at an unknown time"
+                click.echo(f"    {noun}: {text.size(one['size'])}, {run}, taken {when}")
+    if answers.reclaims and answers.reclaims[0].state == "kept":
+        last = answers.reclaims[0]
+        click.echo(f"reclaim left it here {text.ago(last.changed_time)}: {text.safe(last.because)}")
 
 
 def _written(mtime_ns: int) -> str:

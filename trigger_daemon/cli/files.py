@@ -7,13 +7,13 @@ from typing import Any
 import click
 
 from trigger_daemon.cli import text
-from trigger_daemon.cli.commands import FAILURE, Group, Setup, absolute, pass_setup, why_option
+from trigger_daemon.cli.commands import FAILURE, FILE_NAME, Group, Setup, absolute, pass_setup, why_option
 from trigger_daemon.core.model import split
 from trigger_daemon.errors import TriggerError
 
 STAGES = ("settling", "incomplete", "blocked", "waiting")
 
-paths_argument = click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+paths_argument = click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=FILE_NAME)
 rule_option = click.option("--rule", help="For this rule only; all that deal with the file if absent.")
 
 

@@ -41,7 +41,7 @@ Orders and who gave them are kept in the journal; `--why` adds the reason.
 This page is made from the program: `python -m trigger_daemon.cli.reference`.
 """
 
-_COMMON = {"--format", "--config", "--help"}
+_COMMON = {"--format", "--config", "--help"}  # those of all commands; they are taken before a command is called
 
 
 def reference() -> str:
@@ -57,7 +57,8 @@ def _commands(group: click.Group, context: click.Context) -> Iterator[str]:
             continue
         inside = click.Context(command, info_name=name, parent=context)
         if isinstance(command, click.Group):
-            yield f"## `{name}`\n\n{_help(command)}\n"
+            path = inside.command_path.removeprefix("trigger-daemon ")
+            yield f"## `{path}`\n\n{_help(command)}\n"
             yield from _commands(command, inside)
         else:
             yield from _command(command, inside, top=context.parent is None)
@@ -71,7 +72,8 @@ def _command(command: click.Command, context: click.Context, *, top: bool) -> It
     yield f"{_help(command)}\n"
     options = [
         param for param in command.params
-        if isinstance(param, click.Option) and not param.hidden and not _COMMON & set(param.opts)
+        if isinstance(param, click.Option) and not param.hidden
+        and (param.expose_value or not _COMMON & set(param.opts))
     ]  # fmt: skip
     if options:
         yield "| option | |\n|---|---|"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from trigger_daemon.cli import text
-from trigger_daemon.cli.commands import Command, Setup, absolute, pass_setup
+from trigger_daemon.cli.commands import FILE_PATH, Command, Setup, absolute, pass_setup
 from trigger_daemon.core.model import counted
 from trigger_daemon.errors import ConfigError, TriggerError
+from trigger_daemon.eyes import Eyes, Hangs
 
 if TYPE_CHECKING:
     from trigger_daemon.core.rules import Rule
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
 
 SHOWN_MAX = 40  # lines of each table; JSON has all
 FILES_SHOWN = 3  # names of a batch
+LOOK_S = 3.0  # a share that does not answer must not keep the command
 ALIKE_MAX = 3  # files left for one reason that are named one by one
+_NUMBERS = re.compile("[0-9]+")
 
 
 @click.command(cls=Command)
-@click.argument("paths", nargs=-1, required=True, metavar="[RULES]... DIR|TRACE", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, metavar="[RULES]... [DIR|TRACE]", type=FILE_PATH)
 @click.option(
     "--root", "pairs", multiple=True, metavar="WATCH=DIR",
     help="DIR stands for what a rule watches, or for where its companions lie.",
@@ -41,11 +45,14 @@ def replay(setup: Setup, paths: tuple[Path, ...], pairs: tuple[str, ...], speed:
     the settings, or the rules that a trace was recorded with. From a directory,
     each file arrives, whole, at its time of modification, as if the daemon had
     watched from the start. DIR stands for what the rules watch, or is a part of
-    it. A TRACE is written by `serve --record`. The daemon need not run.
+    it; without it, what the rules watch is looked at. A TRACE is written by
+    `serve --record`. The daemon need not run.
     """
-    *given, source = paths
+    *given, source = paths = paths or (Path(setup.settings().rules_dir),)
     if not 1e-3 <= speed <= 1e9:
         raise click.UsageError("--speed takes a number from 0.001 to 1000000000")
+    for path in paths:
+        _must_answer(str(path))
     for path in given:
         if not path.exists():
             raise TriggerError(f"there is no {path}", hint="name rule files, or directories of them, before the data")
@@ -72,6 +79,19 @@ def replay(setup: Setup, paths: tuple[Path, ...], pairs: tuple[str, ...], speed:
         setup.data(_json(report))
     else:
         _show(report)
+
+
+def _must_answer(path: str, hint: str = "mount its share anew, or name another directory") -> None:
+    """Raise TriggerError if the file system of a path does not answer; whether the path is there is another matter."""
+    eyes = Eyes(deadline_s=LOOK_S)
+    try:
+        eyes.statvfs(absolute(path))
+    except Hangs as error:
+        raise TriggerError(f"{path}: its file system has not answered for {LOOK_S:g} s", hint=hint) from error
+    except OSError:
+        pass
+    finally:
+        eyes.close()
 
 
 def _is_trace(path: Path) -> bool:
@@ -176,11 +196,13 @@ def _stand_ins(
                 f"no rule watches {watch}, nor has companions there", hint=f"they name: {', '.join(sorted(named))}"
             )
         roots[watch] = absolute(directory)
+        _must_answer(roots[watch])
         if not os.path.isdir(roots[watch]):
             raise TriggerError(f"there is no directory {roots[watch]}", hint=f"it was to stand for {watch} (--root)")
     notes = []
     roots.update({path: path for path in named - roots.keys()})
     for path, real in sorted(roots.items()):
+        _must_answer(real, f"mount its share anew, or let another directory stand for it: --root {path}=DIR")
         if not os.path.isdir(real):
             notes.append(f"{real} is not there, so no file of it is replayed; name another with --root {path}=DIR")
     return roots, notes
@@ -253,7 +275,8 @@ def _show_left(report: Report) -> None:
     alike: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for entry in report.left:
         stage = entry["stage"]
-        reason = "" if stage in ("unmatched", "ignored") else entry["because"]
+        # What hides behind the first must be of its kind: a pattern that is too wide leaves out data.
+        reason = _NUMBERS.sub("#", PurePath(entry["path"]).suffix) if stage == "unmatched" else entry["because"]
         alike.setdefault((stage, entry["rule"] or "", reason), []).append(entry)
     rank = {stage: number for number, stage in enumerate(_ORDER)}
     several = len({entry["root"] for entry in report.left}) > 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from trigger_daemon.cli.commands import Group, Setup, absolute, pass_setup, why_option
+from trigger_daemon.cli.commands import FILE_NAME, Group, Setup, absolute, pass_setup, why_option
 
 
 @click.group(cls=Group)
@@ -13,7 +13,7 @@ def roots() -> None:
 
 
 @roots.command("accept")
-@click.argument("path")
+@click.argument("path", type=FILE_NAME)
 @why_option
 @pass_setup
 def accept(setup: Setup, path: str, why: str) -> None:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trigger_daemon.cli import text
-from trigger_daemon.cli.commands import CONFIGURATION, NEEDS_PERSON, Group, Setup, pass_setup, why_option
+from trigger_daemon.cli.commands import CONFIGURATION, FILE_PATH, NEEDS_PERSON, Group, Setup, pass_setup, why_option
 from trigger_daemon.cli.replay import replay
 from trigger_daemon.core.rules import BUILT_IN_IGNORES
 from trigger_daemon.errors import ConfigError, ConfigFault, TriggerError
 
 if TYPE_CHECKING:
-    from trigger_daemon.config import RuleSet
+    from trigger_daemon.config import RuleSet, Settings
     from trigger_daemon.core.rules import Rule
+    from trigger_daemon.globus.check import Finding
 
 CHOICES = {
     "same": "the files in the new place are the same ones: nothing is sent again",
@@ -36,29 +37,59 @@ def rules() -> None:
 
 
 @rules.command("check")
-@click.argument("paths", nargs=-1, metavar="[DIR|FILE]...", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, metavar="[DIR|FILE]...", type=FILE_PATH)
+@click.option("--online", is_flag=True, help="Then ask Globus, and where rsync and rclone go. Exit 4 if one objects.")
 @pass_setup
-def check(setup: Setup, paths: tuple[Path, ...]) -> None:
+def check(setup: Setup, paths: tuple[Path, ...], online: bool) -> None:
     """Read rule files as the daemon would, and show every fault with its place. Exit code 3 if there is one.
 
     Without paths, the `rules_dir` of the settings. Files given together are one rule set.
     """
-    read = read_rules(paths or (Path(setup.settings().rules_dir),))
+    from trigger_daemon.cli.globus import exit_code, findings_json, show_findings
+    from trigger_daemon.cli.reclaim import one_disk
+
+    settings = setup.settings() if not paths or setup.config or online else None
+    read = read_rules(paths or (Path(setup.settings().rules_dir),), settings)
+    found = _online(settings, read.rules) if online and settings is not None and not read.faults else []
+    asking = ", ".join(rule.name for rule in read.rules if rule.reclaim)
+    notes = [] if read.faults else list(one_disk(read.rules))
+    if asking and not read.faults and settings is not None and settings.reclaim != "enabled":
+        notes.insert(0, f"nothing of {asking} is deleted: the rules ask for `reclaim`, the settings do not enable it")
     if setup.json:
         setup.data({
-            "ok": not read.faults, "files": len(read.source), "rules": len(read.rules),
-            "faults": [text.fault_words(fault) for fault in read.faults],
-        })  # fmt: skip
+            "ok": not read.faults and all(each.ok for each in found), "files": len(read.source),
+            "rules": len(read.rules), "faults": [text.fault_words(fault) for fault in read.faults], "notes": notes,
+        } | ({"online": findings_json(found)} if online else {}))  # fmt: skip
     elif read.faults:
         click.echo(text.faults(read.faults))
         text.note(f"{text.counted(len(read.faults), 'fault')}; the daemon would keep the rules it has")
     else:
         click.echo(f"{text.counted(len(read.rules), 'rule')} in {text.counted(len(read.source), 'file')}, no faults")
+        for words in notes:
+            text.note(words)
+        show_findings(found)
     if read.faults:
         raise click.exceptions.Exit(CONFIGURATION)
+    if code := exit_code(found):
+        raise click.exceptions.Exit(code)
 
 
-def read_rules(paths: Sequence[Path]) -> RuleSet:
+def _online(settings: Settings, rules: Sequence[Rule]) -> list[Finding]:
+    """Return what Globus, and other far sides, say of rules; nothing is asked where none needs it."""
+    from trigger_daemon import registry
+    from trigger_daemon.cli.globus import examined
+    from trigger_daemon.globus.check import Finding
+    from trigger_daemon.globus.login import ACTIONS
+
+    found = examined(settings, rules)[1] if any(rule.action in ACTIONS for rule in rules) else []
+    for rule in rules:
+        look = getattr(registry.find_action(rule.action), "look_online", None)
+        for what, ok, why, hint, wait in look(rule.options) if look else ():
+            found.append(Finding(rule.name, what, ok, why, hint, "" if ok else "wait" if wait else "person"))
+    return found
+
+
+def read_rules(paths: Sequence[Path], settings: Settings | None = None) -> RuleSet:
     """Return the rules of directories and files together. Never raises: faults are in the result."""
     from trigger_daemon.config import RuleSet, load_rules, parse_rules
     from trigger_daemon.config.settings import read_text
@@ -67,7 +98,7 @@ def read_rules(paths: Sequence[Path]) -> RuleSet:
     files: list[tuple[str, str]] = []
     for path in paths:
         if path.is_dir() or (len(paths) == 1 and not path.exists()):
-            one = load_rules(path)
+            one = load_rules(path, settings)
             if len(paths) == 1:
                 return one
             files += [(item["file"], item["text"]) for item in one.source]
@@ -76,7 +107,7 @@ def read_rules(paths: Sequence[Path]) -> RuleSet:
             written = read_text(path, faults, missing_is_fault=True)
             if written is not None:
                 files.append((str(path), written))
-    read = parse_rules(files)
+    read = parse_rules(files, settings=settings)
     return RuleSet(read.rules, read.source, list(dict.fromkeys([*faults, *read.faults])))
 
 
@@ -144,7 +175,7 @@ def show(setup: Setup, name: str) -> None:
     """
     rule = next((rule for rule in _in_force(setup) if rule.name == name), None)
     if rule is None:
-        read = read_rules((Path(setup.settings().rules_dir),))
+        read = read_rules((Path(setup.settings().rules_dir),), setup.settings())
         if read.faults:
             raise ConfigError(read.faults)
         rule = next((rule for rule in read.rules if rule.name == name), None)
@@ -313,6 +344,15 @@ def schema(setup: Setup) -> None:
 def pause(setup: Setup, name: str, why: str) -> None:
     """Let no run of a rule start until `rules resume`; it goes on to settle and batch files."""
     setup.order("rules.pause", why, rule=name)
+
+
+@rules.command("waive")
+@click.argument("name")
+@click.option("--why", default="", help="For the record.")
+@pass_setup
+def waive(setup: Setup, name: str, why: str) -> None:
+    """Let a rule that is paused or gone hold no file back from `reclaim` any more; ends when it works again."""
+    setup.order("rules.waive", why, rule=name)
 
 
 @rules.command("resume")

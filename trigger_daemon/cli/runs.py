@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import posixpath
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
 
 from trigger_daemon.cli import text
-from trigger_daemon.cli.commands import FAILURE, Group, Setup, captures, pass_setup, why_option
+from trigger_daemon.cli.commands import FAILURE, Asked, Group, Setup, captures, pass_setup, why_option
 from trigger_daemon.core.model import RunState
 from trigger_daemon.errors import TriggerError
 
+OUTPUT_SHOWN_MAX = 200  # characters of one value
+FILES_SHOWN = 10  # of a manifest, without --all
+MOVES_SHOWN = 20  # attempts, and transitions, without --all: a run that is retried for a week has thousands
 FILTERED_MAX = 10_000  # runs that one order by filter may mean
 ORDER_RUNS_MAX = 1_000  # in one order: its answer comes within a second
 
@@ -62,6 +67,8 @@ def list_(
     text.console().print(_table(found))
     if len(found) == limit:
         text.note(f"there may be more: --before {found[-1]['id']}")
+    if any(not run["final"] for run in found):
+        setup.tell_if_down()
 
 
 def _wait_live(setup: Setup, found: list[dict[str, Any]]) -> None:
@@ -76,17 +83,23 @@ def _wait_live(setup: Setup, found: list[dict[str, Any]]) -> None:
     for run in found:
         if told := live.get(str(run["id"])):
             run["waiting_for"] = told["waiting_for"] or None
+            run["next_time"] = told.get("next_time")
             run["files_done"], run["bytes_done"] = told["files_done"], told["bytes_done"]
+            if told["error"]:  # the journal keeps what moved the run; that it could not be prepared moves nothing
+                run["error"] = told["error"]
+            if told["error"] or told["hint"]:
+                run["hint"] = told["hint"]
 
 
 def _table(found: Sequence[Mapping[str, Any]]) -> Any:
     now = time.time()
     shown = text.table(
-        ("run", "right"), ("state", "word"), ("rule", "name"), ("group", "name"), ("files", "right"),
+        ("run", "right"), ("state", "word"), ("rule", "name"), ("group", "group"), ("files", "right"),
         ("size", "right"), ("ago", "right"), ("waits for", "two"),
     )  # fmt: skip
     for run in found:
         waits = (run["error"] if run["state"] == RunState.HELD else None) or run["waiting_for"] or run["error"] or ""
+        waits += text.looked_next(run.get("next_time"))
         text.row(
             shown, run["id"], run["state"], run["rule"], text.group(run["group"]), f"{run['files']:,}",
             text.size(run["bytes"]), text.age(now - run["changed_time"]), waits,
@@ -95,43 +108,82 @@ def _table(found: Sequence[Mapping[str, Any]]) -> Any:
 
 
 @runs.command("show")
-@click.argument("id", type=int)
+@click.argument("id", type=int, required=False, metavar="ID")
+@click.option("--all", "whole", is_flag=True, help="Every attempt, transition and file, however many.")
 @pass_setup
-def show(setup: Setup, id: int) -> None:
-    """Tell all of one run: attempts, transitions, the provider's handle and output, files with their digests."""
+def show(setup: Setup, id: int | None, whole: bool) -> None:
+    """Tell all of one run: how far it is, what it waits for, attempts, transitions, output, files and their copies.
+
+    Long lists are cut, and what is left out is counted; JSON has all.
+    """
+    if id is None:
+        raise Asked(
+            "which run? Give its number",
+            "`trigger-daemon runs list` shows the newest with their numbers; `explain PATH` names the run of a file",
+            click.get_current_context(),
+        )
     run = setup.reader.run(id)
     if run is None:
         raise TriggerError(f"there is no run {id}", hint="`trigger-daemon runs list` shows them")
     _wait_live(setup, [run])
     if setup.json:
         setup.data(text.timed(run))
-    else:
-        _print(run)
+        return
+    _print(run, whole=whole)
+    if not run["final"]:
+        setup.tell_if_down()
 
 
-def _print(run: Mapping[str, Any]) -> None:
-    waits = run["waiting_for"] or ""
-    click.echo(f"run {run['id']}  {text.coloured(run['state'])}" + (f", waits for {text.safe(waits)}" if waits else ""))
+def _print(run: Mapping[str, Any], *, whole: bool) -> None:
+    console = text.console()
+    since = "" if run["final"] else f" for {text.age(time.time() - run['changed_time'])}"
+    click.echo(f"run {run['id']}  {text.coloured(run['state'])}{since}")
     request = run["request"] or {}
-    done = f", {text.size(run['bytes_done'])} done" if run.get("bytes_done") else ""
     rows = [
         ("rule", text.safe(run["rule"])),
         ("group", text.group(run["group"])),
+        ("progress", _progress(run, time.time())),
+        ("waits for", text.safe((run["waiting_for"] or "") + text.looked_next(run.get("next_time")))),
         ("error", text.safe(run["error"] or "")),
         ("hint", text.safe(run["hint"] or "")),
         ("closed", f"{text.clock(run['created_time'])}, because {text.safe(run['reason'])}"),
-        ("size", f"{text.counted(run['files'], 'file')}, {text.size(run['bytes'])}{done}"),
+        ("size", f"{text.counted(run['files'], 'file')}, {text.size(run['bytes'])}"),
         ("action", text.safe(str(request.get("action", "")))),
         *((f"  {key}", _plain(value)) for key, value in request.get("options", {}).items() if value is not None),
         ("handle", _plain(run["handle"])),
-        ("output", _plain(run["output"])),
+        *_output(run["output"]),
         ("proved", text.clock(run["proof_time"])),
+        ("copies", _copies(run)),
     ]
-    click.echo(text.pairs(rows))
-    console = text.console()
-    _print_attempts(console, run["attempts"])
-    _print_transitions(console, run["transitions"])
-    _print_manifest(run)
+    click.echo(text.pairs(rows, width=console.width))
+    more = f"trigger-daemon runs show {run['id']} --all"
+    _print_attempts(console, run["attempts"], whole, more)
+    _print_transitions(console, run["transitions"], whole, more)
+    _print_manifest(run, whole, more)
+
+
+def _progress(run: Mapping[str, Any], now: float) -> str:
+    """Return how far a run at work is: the mean rate since it became ACTIVE, and the time left at that rate."""
+    if run["state"] != RunState.ACTIVE or not (run.get("bytes_done") or run.get("files_done")):
+        return ""
+    done, rate = run["bytes_done"], run["bytes_done"] / max(1.0, now - run["changed_time"])
+    words = [f"{text.size(done)} of {text.size(run['bytes'])}"]
+    if run["files_done"]:
+        words.append(f"{run['files_done']:,} of {text.counted(run['files'], 'file')}")
+    if done and done < run["bytes"]:
+        words += [f"{text.size(rate)}/s", f"{text.age((run['bytes'] - done) / rate)} left"]
+    share = f"{100 * done // run['bytes']} %, " if run["bytes"] else ""
+    return share + ", ".join(words)
+
+
+def _copies(run: Mapping[str, Any]) -> str:
+    """Return where proved copies lie, in one line: the directory that holds all."""
+    places = [str(place) for member in run["manifest"] for place in member["to"]]
+    if not places:
+        return ""
+    whole = [place for place in places if place.startswith("/")]
+    where = f", below {text.name(posixpath.commonpath(whole))}" if len(whole) == len(places) else ""
+    return f"{len(places):,} proved{where}"
 
 
 def _plain(value: Any) -> str:
@@ -143,44 +195,69 @@ def _plain(value: Any) -> str:
     return text.safe(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
 
 
-def _print_attempts(console: Any, attempts: Sequence[Mapping[str, Any]]) -> None:
+def _output(value: Any) -> list[tuple[str, str]]:
+    """Return a provider's output in rows; what is deep is JSON, cut to a readable length."""
+    if not isinstance(value, Mapping) or not value:
+        return [("output", _plain(value))]
+    rows = [("output", text.safe(str(value.get("link") or "of the provider:")))]
+    for key, item in value.items():
+        if key == "link":
+            continue
+        told = json.dumps(item, ensure_ascii=False) if isinstance(item, Mapping | list) else str(item)
+        if len(told) > OUTPUT_SHOWN_MAX:
+            told = f"{told[:OUTPUT_SHOWN_MAX]}... (-F json shows all)"
+        rows.append((f"  {key}", text.safe(told)))
+    return rows
+
+
+def _last(items: Sequence[Any], whole: bool, noun: str, more: str) -> Sequence[Any]:
+    """Return the last of a long list, saying how many come before."""
+    if whole or len(items) <= MOVES_SHOWN:
+        return items
+    click.echo(f"{text.counted(len(items) - MOVES_SHOWN, f'earlier {noun}')}: `{more}`")
+    return items[-MOVES_SHOWN:]
+
+
+def _print_attempts(console: Any, attempts: Sequence[Mapping[str, Any]], whole: bool, more: str) -> None:
     if not attempts:
         return
     click.echo()
     shown = text.table(("attempt", "right"), ("begun", "word"), ("took", "right"), ("outcome", "wide"))
-    for attempt in attempts:
+    for attempt in _last(attempts, whole, "attempt", more):
         ended = attempt["ended_time"]
         took = text.age(ended - attempt["made_time"]) if ended else ""
         text.row(shown, attempt["attempt"], text.clock(attempt["made_time"]), took, attempt["outcome"] or "under way")
     console.print(shown)
 
 
-def _print_transitions(console: Any, transitions: Sequence[Mapping[str, Any]]) -> None:
+def _print_transitions(console: Any, transitions: Sequence[Mapping[str, Any]], whole: bool, more: str) -> None:
     click.echo()
     shown = text.table(("at", "word"), ("to", "word"), ("because", "wide"))
-    for move in transitions:
+    for move in _last(transitions, whole, "transition", more):
         text.row(shown, text.clock(move["time"]), move["to"], move["because"])
     console.print(shown)
 
 
-def _print_manifest(run: Mapping[str, Any]) -> None:
+def _print_manifest(run: Mapping[str, Any], whole: bool, more: str) -> None:
     """One file on a line or two, never broken: people copy paths."""
     click.echo()
     if run["thinned"]:
         click.echo("its files are not kept any more (keep_done in the settings)")
-    for member in run["manifest"]:
+    for member in run["manifest"] if whole else run["manifest"][:FILES_SHOWN]:
         marks = ", ".join(mark for mark in (member["role"], member["flag"]) if mark)
         path = text.name(f"{member['root'].rstrip('/')}/{member['path']}")
         click.echo(f"{text.size(member['size']):>9}  {path}" + (f"  ({text.safe(marks)})" if marks else ""))
         if member["digest"]:
             places = "".join(f"  {text.name(str(place))}" for place in member["to"])
             click.echo(f"           {text.safe(str(member['digest']))}{places}")
+    if not whole and (left := len(run["manifest"]) - FILES_SHOWN) > 0:
+        click.echo(f"+{text.counted(left, 'more file')}: `{more}`")
 
 
 # -------------------------------------------------------------------------- verbs
 
 
-def _verb(name: str, help_: str) -> None:
+def _verb(name: str, help_: str, *more: Callable[[Any], Any]) -> None:
     @runs.command(name, help=help_)
     @click.argument("ids", nargs=-1, type=int, metavar="[ID]...")
     @rule_option
@@ -191,24 +268,38 @@ def _verb(name: str, help_: str) -> None:
     @pass_setup
     def command(
         setup: Setup, ids: tuple[int, ...], rule: str | None, state: str | None, groups: tuple[str, ...], dry_run: bool,
-        why: str,
+        why: str, **args: Any,
     ) -> None:  # fmt: skip
-        chosen = _chosen(setup, name, ids, rule, state, groups)
+        states = (*_STATES[name], RunState.PENDING) if args.get("anyway") else _STATES[name]
+        chosen = _chosen(setup, states, ids, rule, state, groups)
         if dry_run:
             _would(setup, name, chosen)
         else:
-            _order(setup, name, chosen, why)
+            _order(setup, name, chosen, why, **args)
+
+    for option in more:
+        option(command)
 
 
-_verb("retry", "Let HELD runs go on, and PENDING ones at once: by number, or all that --rule, --group, --state say.")
+_verb(
+    "retry",
+    "Let HELD runs go on, and PENDING ones at once: by number, or all that --rule, --group, --state say.",
+    click.option(
+        "--anew",
+        is_flag=True,
+        help="With the options that the rule has now; only HELD runs, and such as wait for another rule.",
+    ),
+    click.option("--anyway", is_flag=True, help="Also if the rule that they wait for (`after`) has not succeeded."),
+)
 _verb("hold", "Stop runs until `retry`; nothing is lost. What is under way is followed to its end.")
 _verb("cancel", "Ask the provider to end runs. They are CANCELLED once it confirms; their files are not sent again.")
 _verb("abandon", "Give HELD runs up for ever; their files are not sent again by themselves.")
 
 
 def _chosen(
-    setup: Setup, verb: str, ids: tuple[int, ...], rule: str | None, state: str | None, groups: tuple[str, ...]
-) -> list[int]:
+    setup: Setup, states: Sequence[RunState], ids: tuple[int, ...], rule: str | None, state: str | None,
+    groups: tuple[str, ...],
+) -> list[int]:  # fmt: skip
     """Return the runs that are meant, oldest first. Raises UsageError for none or both ways to say it."""
     filtered = rule is not None or state is not None or bool(groups)
     if ids and filtered:
@@ -219,7 +310,7 @@ def _chosen(
         raise click.UsageError("which runs? Give numbers, or --rule, --group, --state")
     wanted = captures(groups) or None
     found: list[int] = []
-    for one in [state] if state else list(map(str, _STATES[verb])):
+    for one in [state] if state else list(map(str, states)):
         found += [run["id"] for run in setup.reader.runs(rule=rule, state=one, group=wanted, limit=FILTERED_MAX + 1)]
     if len(found) > FILTERED_MAX:
         raise TriggerError(f"more than {FILTERED_MAX:,} runs are meant", hint="narrow it by --rule, --group or --state")
@@ -240,12 +331,12 @@ def _would(setup: Setup, verb: str, ids: Sequence[int]) -> None:
         raise TriggerError(f"there is no run {', '.join(map(str, missing))}")
 
 
-def _order(setup: Setup, verb: str, ids: Sequence[int], why: str) -> None:
+def _order(setup: Setup, verb: str, ids: Sequence[int], why: str, **args: Any) -> None:
     done: list[int] = []
     errors: list[str] = []
     hint = ""
     for first in range(0, len(ids), ORDER_RUNS_MAX):
-        answer = setup.ask(f"runs.{verb}", why, ids=list(ids[first : first + ORDER_RUNS_MAX]))
+        answer = setup.ask(f"runs.{verb}", why, ids=list(ids[first : first + ORDER_RUNS_MAX]), **args)
         done += answer.get("done", ())
         errors += answer.get("errors") or ([] if answer["ok"] else [answer["error"]])
         hint = answer.get("hint") or hint

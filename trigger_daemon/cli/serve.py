@@ -9,13 +9,13 @@ from typing import NoReturn
 
 import click
 
-from trigger_daemon.cli.commands import FAILURE, OK, Command, Setup, pass_setup
-from trigger_daemon.errors import TriggerError
+from trigger_daemon.cli.commands import FAILURE, FILE_PATH, NEEDS_PERSON, OK, Command, Setup, pass_setup
+from trigger_daemon.errors import JournalDamaged, TriggerError
 
 
 @click.command(cls=Command)
 @click.option(
-    "--record", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--record", type=FILE_PATH, metavar="FILE",
     help="Write a trace of all that is seen and decided, for `rules replay`; at most 4 GiB.",
 )
 @pass_setup
@@ -27,11 +27,14 @@ def serve(setup: Setup, record: Path | None) -> None:
     else needs the room.
     """
     import asyncio
+    import faulthandler
 
-    from trigger_daemon import daemon, log
+    from trigger_daemon import daemon, garbage, log
 
     settings = setup.settings()
     log.set_up(settings.log.level, settings.log.format)
+    garbage.leave_out()
+    faulthandler.enable()  # a watchdog's SIGABRT leaves in the log where each thread stood
     # asyncio.run and the interpreter would both join every thread at the end, and one may hang in a dead mount.
     # What has to be finished was finished by the daemon itself: the runner is left as it is.
     runner = asyncio.Runner()
@@ -39,7 +42,8 @@ def serve(setup: Setup, record: Path | None) -> None:
         runner.run(daemon.serve(settings, reload_settings=setup.settings, record=record))
     except TriggerError as error:
         setup.fail(error.message, error.hint)
-        _leave(FAILURE)
+        # What only a person mends is no reason to be started again and again (RestartPreventExitStatus= of the unit).
+        _leave(NEEDS_PERSON if isinstance(error, JournalDamaged) else FAILURE)
     except Exception:  # noqa: BLE001 the top: the service manager starts us again, if only we end
         log.get().critical("daemon.crashed", exc_info=True)
         _leave(FAILURE)

@@ -2,59 +2,59 @@
 
 A running daemon is asked by its last heartbeat, which costs it nothing; only
 what runs wait for is asked of it live. With the daemon down, the journal and
-the last heartbeat tell what they know.
+the last heartbeat tell what they know. How it looks is in `glance`.
 """
 
 from __future__ import annotations
 
-import select
+import shutil
+import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
 from trigger_daemon.cli import text
 from trigger_daemon.cli.alarms import open_alarms
-from trigger_daemon.cli.alarms import words as alarm_words
 from trigger_daemon.cli.commands import NEEDS_PERSON, NOT_RUNNING, OK, Command, Setup, pass_setup
 from trigger_daemon.database import absent
 from trigger_daemon.errors import TriggerError
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 STALE_S = 15.0  # the heartbeat comes every 2 s; a commit on a slow disk may delay it, but not so long
-WATCH_S = 1.0
-BAR = 14  # characters
-WAITING_MAX = 10  # runs of a state that are shown
+WAITING_MAX = 10  # runs of a state that are told one by one
 WAITING_ANSWER_S = 1.0  # status does not wait longer for the daemon than this
-ALARMS_BRIEF_MAX = 3  # in --watch: rules and roots keep their place on 24 lines
 QUIET_ALARMS = ("paused",)  # somebody did it on purpose
 
 _WAIT_STATES = ("HELD", "INACTIVE", "PENDING")
 
 
 @click.command(cls=Command)
-@click.option("--watch", is_flag=True, help="Show it again each second; q or Ctrl-C ends.")
+@click.option("--watch", is_flag=True, help="Show it again each second, with the last minutes; q or Ctrl-C ends.")
+@click.option("--all", "whole", is_flag=True, help="Everything, however long; else it fits the terminal.")
 @pass_setup
-def status(setup: Setup, watch: bool) -> None:
-    """Show what the daemon is doing, what waits and for what, disks and alarms.
+def status(setup: Setup, watch: bool, whole: bool) -> None:
+    """Show whether all is well, what the daemon is doing, what waits and for what, disks and alarms.
 
-    Exit code 4 if a person is needed: runs are HELD or INACTIVE (a consent may be missing), files are blocked, a
-    change of rules waits for a decision, or an alarm stands that nobody acknowledged (`pause` is none). 5 if the
-    daemon does not run; what the journal and its last heartbeat know is shown all the same.
+    On a terminal it fits the screen, and says what it leaves out. Exit code 4 if a person is needed: runs are HELD or
+    INACTIVE (a consent may be missing), files are blocked, a change of rules waits for a decision, or an alarm stands
+    that nobody acknowledged (`pause` is none). 5 if the daemon does not run; what the journal and its last heartbeat
+    know is shown all the same.
     """
     if watch:
-        _watch(setup)
+        from trigger_daemon.cli.watching import watch as show
+
+        show(setup)
         return
     now = gather(setup)
     if setup.json:
         setup.data(text.timed(now))
     else:
-        text.console().print(shown(now))
+        from trigger_daemon.cli import glance
+
+        fits = sys.stdout.isatty() and not whole
+        glance.show(now, height=shutil.get_terminal_size().lines - 1 if fits else None)
     raise click.exceptions.Exit(exit_code(now))
 
 
@@ -73,8 +73,8 @@ def needs_person(now: Mapping[str, Any]) -> list[str]:
         why.append(f"{text.counted(count, 'file')} blocked")
     if now["undecided"]:
         why.append("a change of rules waits for `rules apply`")
-    if any(not a["acked_by"] and a["key"] not in QUIET_ALARMS for a in now["alarms"]):
-        why.append("alarms stand")
+    if count := sum(not a["acked_by"] and a["key"] not in QUIET_ALARMS for a in now["alarms"]):
+        why.append(f"{text.counted(count, 'alarm')} {'stands' if count == 1 else 'stand'}")
     if now["daemon"]["heartbeat_age_s"] > STALE_S:
         why.append(f"the daemon's last heartbeat is {text.age(now['daemon']['heartbeat_age_s'])} old")
     return why
@@ -107,19 +107,24 @@ def gather(setup: Setup) -> dict[str, Any]:
     if not running and known:
         rules = _rules_of_the_journal(setup, beat)
     counts = {state: sum(rule["runs"].get(state, 0) for rule in rules) for state in _WAIT_STATES}
+    waiting, waits = _waiting(setup, running, counts) if known else ([], _no_waits())
     return {
+        "host": socket.gethostname(),
         "daemon": daemon,
         "rules": rules,
         "working": _paced(setup, beat) if running and known else [],
-        "waiting": _waiting(setup, running, counts) if known else [],
+        "waiting": waiting,
+        "waits": waits,
         "waiting_counts": counts,
         "roots": beat["roots"] if running else [],
-        "volumes": beat["volumes"] if running else [],
+        "volumes": [{k: v for k, v in one.items() if k != "trend"} for one in beat["volumes"]] if running else [],
+        "throttle": beat.get("throttle") if running else None,
         "destinations_down": beat["destinations_down"] if running else {},
         "alarms": alarms,
         "rules_fault": beat["rules_fault"],
         "undecided": beat["undecided"],
         "paused": beat["paused"],
+        "mqtt": beat.get("mqtt") if running else None,
     }
 
 
@@ -143,32 +148,63 @@ def _rules_of_the_journal(setup: Setup, beat: Mapping[str, Any]) -> list[dict[st
         done = [counts[state] for state in ("VERIFIED", "SUCCEEDED") if state in counts]
         found.append({
             "name": name, "state": states.get(name, "removed"), "settling": None, "complete": None, "blocked": None,
-            "stalled": None, "runs": {state: count.runs for state, count in counts.items()},
+            "stalled": None, "files_per_min": None, "bytes_per_s": None, "bytes_per_s_lately": [],
+            "runs": {state: count.runs for state, count in counts.items()},
             "files_done": sum(count.files for count in done), "bytes_done": sum(count.bytes for count in done),
         })  # fmt: skip
     return found
 
 
-def _waiting(setup: Setup, running: bool, counts: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return runs that do not move by themselves, and what each waits for: the daemon's words, else the journal's."""
+def _waiting(
+    setup: Setup, running: bool, counts: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return runs that do not move, and all of them by reason: in the daemon's words, else in the journal's."""
     runs: list[dict[str, Any]] = []
     for state in _WAIT_STATES:
         if counts[state]:
             runs += setup.reader.runs(state=state, limit=WAITING_MAX)
     live: Mapping[str, Mapping[str, Any]] = {}
+    waits = None
     if running and runs:
         try:
-            live = setup.ask("runs.waiting", timeout_s=WAITING_ANSWER_S, ids=[run["id"] for run in runs])["runs"]
+            ids = [run["id"] for run in runs]
+            answer = setup.ask("runs.waiting", timeout_s=WAITING_ANSWER_S, ids=ids, grouped=True)
+            live, waits = answer["runs"], answer.get("waits")
         except TriggerError:
             pass  # the journal's words stand
-    return [
+    told = [
         {
             "run": run["id"], "rule": run["rule"], "group": run["group"], "state": run["state"],
             "waiting_for": live.get(str(run["id"]), {}).get("waiting_for") or run["waiting_for"],
             "error": run["error"], "hint": run["hint"], "changed_time": run["changed_time"],
+            "next_time": live.get(str(run["id"]), {}).get("next_time"),
         }
         for run in runs
     ]  # fmt: skip
+    return told, waits or _grouped(runs, counts, "its turn" if running else "the daemon to be started")
+
+
+def _no_waits() -> dict[str, Any]:
+    return {"groups": [], "more_runs": 0}
+
+
+def _grouped(runs: list[dict[str, Any]], counts: Mapping[str, int], fresh: str) -> dict[str, Any]:
+    """Return the newest runs by reason, `fresh` for those that nothing has happened to; the others are counted."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        why = (run["error"] if run["state"] == "HELD" else None) or run["waiting_for"] or ""
+        why = fresh if why == run["reason"] else why
+        group = groups.setdefault((run["state"], why), {
+            "state": run["state"], "why": why, "hint": run["hint"] or "", "runs": 0, "files": 0, "bytes": 0,
+            "rule": run["rule"], "first_run": run["id"],
+        })  # fmt: skip
+        group["runs"] += 1
+        group["files"] += run["files"]
+        group["bytes"] += run["bytes"]
+        group["first_run"] = min(group["first_run"], run["id"])
+        if group["rule"] != run["rule"]:
+            group["rule"] = None
+    return {"groups": list(groups.values()), "more_runs": sum(counts.values()) - len(runs)}
 
 
 def _paced(setup: Setup, beat: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -183,242 +219,3 @@ def _paced(setup: Setup, beat: Mapping[str, Any]) -> list[dict[str, Any]]:
         run["bytes_per_s"] = round(rate) or None
         run["left_s"] = round((run["bytes"] - run["bytes_done"]) / rate) if rate else None
     return working
-
-
-# --------------------------------------------------------------------------- text
-
-
-def shown(now: Mapping[str, Any], *, brief: bool = False) -> RenderableType:
-    """Return everything as one thing rich can print; `brief` for a screen, which alarms must not fill."""
-    from rich.console import Group
-
-    alarms = _alarms_brief(now) if brief else _alarms(now)
-    parts = [
-        _head(now), *_rules(now), *_roots(now), *alarms, *_working(now), *_waits(now), *_volumes(now),
-    ]  # fmt: skip
-    return Group(*parts)
-
-
-def _head(now: Mapping[str, Any]) -> RenderableType:
-    from rich.text import Text
-
-    daemon = now["daemon"]
-    words = [f"trigger-daemon {daemon['version'] or ''}".strip()]
-    if daemon["running"]:
-        words.append(f"running, {daemon['health']}")
-        words.append(f"pid {daemon['pid']}")
-        if daemon["started_time"]:
-            words.append(f"up {text.age(time.time() - daemon['started_time'])}")
-        style = {"ok": "green", "degraded": "yellow"}.get(daemon["health"], "bold red")
-    else:
-        words.append("NOT RUNNING")
-        if daemon["heartbeat_time"]:
-            words.append(f"last heard of {text.clock(daemon['heartbeat_time'])}")
-        style = "bold red"
-    lines = [" · ".join(words)]
-    if not daemon["running"]:
-        lines.append(_where(daemon))
-    if now["paused"]:
-        lines.append(text.safe(now["paused"]))
-    why = needs_person(now)
-    if why and daemon["running"]:
-        lines.append(f"A person is needed: {'; '.join(why)}.")
-    return Text("\n".join(lines), style=style)
-
-
-def _where(daemon: Mapping[str, Any]) -> str:
-    """Return where nothing runs, and what to do: with the wrong settings one looks in the wrong place."""
-    start = "`trigger-daemon serve` (or `systemctl start trigger-daemon` where it is a service)"
-    place = text.name(daemon["state_dir"])
-    if daemon["journal"]:
-        return f"no daemon holds {place}\nhint: start it: {start}"
-    return f"there is no journal in {place}\nhint: name its settings with --config, or start it: {start}"
-
-
-def _alarms_brief(now: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Yield one line an alarm, those first that nobody has acknowledged."""
-    from rich.text import Text
-
-    alarms = sorted(now["alarms"], key=lambda alarm: bool(alarm["acked_by"]))
-    if alarms:
-        yield Text("\nALARMS", style="bold")
-    for alarm in alarms[:ALARMS_BRIEF_MAX]:
-        style = "" if alarm["acked_by"] else "red"
-        yield Text(f"! {text.safe(alarm['what'])}", style=style, no_wrap=True, overflow="ellipsis")
-    if (more := len(alarms) - ALARMS_BRIEF_MAX) > 0:
-        yield Text(f"+{more} more: `trigger-daemon alarms list`")
-    yield from _changes(now)
-
-
-def _alarms(now: Mapping[str, Any]) -> Iterator[RenderableType]:
-    from rich.text import Text
-
-    if now["alarms"]:
-        yield Text("\nALARMS", style="bold")
-    for alarm in now["alarms"]:
-        yield Text(alarm_words(alarm), style="" if alarm["acked_by"] else "red")
-    yield from _changes(now)
-
-
-def _changes(now: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Yield what keeps the rule files from being in force."""
-    from rich.text import Text
-
-    if fault := now["rules_fault"]:
-        place = f"{fault['file']}:{fault['line']}:{fault['column']}"
-        yield Text(f"\nthe rule files have a fault; the last good ones go on: {text.safe(place)}:"
-                   f" {text.safe(fault['message'])}", style="red")  # fmt: skip
-    for rule, told in now["undecided"].items():
-        yield Text(f"\nrule {text.safe(rule)} was moved from {text.name(told['was'])} to {text.name(told['now'])}:"
-                   f" {told['files_done']:,} files were done there; decide by `trigger-daemon rules apply`",
-                   style="yellow")  # fmt: skip
-
-
-def _rules(now: Mapping[str, Any]) -> Iterator[RenderableType]:
-    if not now["rules"]:
-        yield "\nno rules are in force"
-        return
-    yield ""
-    shown = text.table(
-        ("rule", "name"), ("state", "word"), ("settling", "right"), ("waiting", "right"), ("blocked", "right"),
-        ("runs", "wide"), ("done", "right"), ("size", "right"),
-    )  # fmt: skip
-    for rule in now["rules"]:
-        runs = ", ".join(f"{count:,} {state}" for state, count in sorted(rule["runs"].items()))
-        text.row(
-            shown, rule["name"], rule["state"], _number(rule["settling"]), _number(rule["complete"]),
-            _number(rule["blocked"]), runs, _number(rule["files_done"]), text.size(rule["bytes_done"]),
-        )  # fmt: skip
-    yield shown
-
-
-def _number(count: int | None) -> str:
-    return "?" if count is None else f"{count:,}" if count else "-"
-
-
-def _working(now: Mapping[str, Any]) -> Iterator[RenderableType]:
-    from rich.table import Table
-    from rich.text import Text
-
-    if not now["working"]:
-        return
-    yield Text("\nAT WORK", style="bold")
-    grid = Table.grid(padding=(0, 2), expand=False)
-    for run in now["working"]:
-        done, whole = (run["bytes_done"], run["bytes"]) if run["bytes"] else (run["files_done"], run["files"])
-        words = f"{text.size(run['bytes_done'])} of {text.size(run['bytes'])}"
-        if run["bytes_per_s"]:
-            words += f", {text.size(run['bytes_per_s'])}/s, {text.age(run['left_s'])} left"
-        grid.add_row(
-            Text(f"run {run['run']}"), Text(text.safe(run["rule"])), Text(run["state"]),
-            Text(_bar(done, whole)), Text(words),
-        )  # fmt: skip
-    yield grid
-
-
-def _bar(done: int, whole: int) -> str:
-    """Return progress that any terminal, and a file, can show."""
-    share = min(1.0, done / whole) if whole else 0.0
-    full = int(share * BAR)
-    return f"[{'#' * full}{'.' * (BAR - full)}] {100 * share:3.0f} %"
-
-
-def _waits(now: Mapping[str, Any]) -> Iterator[RenderableType]:
-    if not now["waiting"]:
-        return
-    yield ""
-    shown = text.table(("run", "right"), ("rule", "name"), ("state", "word"), ("group", "name"), ("waits for", "wide"))
-    for run in now["waiting"]:
-        waits = run["error"] if run["state"] == "HELD" and run["error"] else run["waiting_for"]
-        text.row(shown, run["run"], run["rule"], run["state"], text.group(run["group"]), waits)
-        if run["hint"] and run["state"] != "PENDING":
-            text.row(shown, "", "", "", "", f"hint: {run['hint']}")
-    yield shown
-    for state, count in now["waiting_counts"].items():
-        if count > WAITING_MAX:
-            yield f"and {count - WAITING_MAX:,} more {state}: `trigger-daemon runs list --state {state}`"
-
-
-def _roots(now: Mapping[str, Any]) -> Iterator[RenderableType]:
-    if not now["roots"]:
-        return
-    yield ""
-    shown = text.table("root", ("health", "word"), ("events", "word"), ("", "wide"))
-    for root in now["roots"]:
-        why = root["why"] if root["health"] != "ok" else ""
-        text.row(shown, text.name(root["path"]), root["health"], root["events"], why)
-    yield shown
-
-
-def _volumes(now: Mapping[str, Any]) -> Iterator[RenderableType]:
-    known = [volume for volume in now["volumes"] if volume["total_bytes"] or volume.get("error")]
-    if not known:
-        return
-    yield ""
-    shown = text.table(
-        "volume", ("state", "word"), ("free", "right"), ("of", "right"), ("", "right"), ("fills", "word"),
-        ("full in", "word"),
-    )  # fmt: skip
-    for volume in known:
-        if volume.get("error"):
-            text.row(shown, text.name(volume["path"]), "?", "", "", "", volume["error"])
-            continue
-        rate = volume["fill_bytes_per_s"] or 0
-        text.row(
-            shown, text.name(volume["path"]), volume["state"], text.size(volume["free_bytes"]),
-            text.size(volume["total_bytes"]), f"{100 * volume['free_bytes'] / volume['total_bytes']:.0f} %",
-            f"{text.size(rate)}/s" if rate > 0 else "", text.age(volume["full_in_s"]) if volume["full_in_s"] else "",
-        )  # fmt: skip
-    yield shown
-
-
-# -------------------------------------------------------------------------- watch
-
-
-def _watch(setup: Setup) -> None:
-    """Show the status each second until q or Ctrl-C."""
-    if setup.json or not sys.stdout.isatty():
-        while True:  # one JSON object a line; ends with the reader's end of the pipe, or Ctrl-C
-            now = gather(setup)
-            if setup.json:
-                setup.data(text.timed(now), compact=True)
-            else:
-                text.console().print(shown(now, brief=True))
-                click.echo()
-            time.sleep(WATCH_S)
-    from rich.live import Live
-
-    with _keys() as pressed, Live(console=text.console(), screen=True, auto_refresh=False) as live:
-        while True:
-            live.update(shown(gather(setup), brief=True), refresh=True)
-            if pressed(WATCH_S) in ("q", "Q"):
-                return
-
-
-@contextmanager
-def _keys() -> Iterator[Any]:
-    """Let single keys be read; where stdin is no terminal, only time passes."""
-    if not sys.stdin.isatty():
-        yield _sleep
-        return
-    import os
-    import termios
-    import tty
-
-    descriptor = sys.stdin.fileno()
-    before = termios.tcgetattr(descriptor)
-
-    def pressed(wait_s: float) -> str:
-        ready, _, _ = select.select([descriptor], [], [], wait_s)
-        return os.read(descriptor, 1).decode("ascii", "replace") if ready else ""
-
-    try:
-        tty.setcbreak(descriptor)
-        yield pressed
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
-
-
-def _sleep(wait_s: float) -> str:
-    time.sleep(wait_s)
-    return ""

@@ -16,11 +16,11 @@ from rich.text import Text
 # Columns of a kind shrink, the widest first, down to so many characters; then the next. Numbers never do, and states
 # last: none is broken that could be whole.
 _GIVE_WAY = (
-    ("wide", 24), ("name", 14), ("path", 20), ("wide", 16), ("name", 10), ("wide", 10), ("path", 10), ("name", 6),
-    ("word", 8), ("wide", 6),
+    ("wide", 24), ("group", 24), ("name", 14), ("path", 20), ("wide", 16), ("group", 16), ("name", 10), ("wide", 10),
+    ("path", 10), ("group", 10), ("name", 6), ("word", 8), ("wide", 6),
 )  # fmt: skip
 _GAP = 2  # between columns
-_LINES_MAX = 2  # of a cell of kind "two"
+_LINES_MAX = 2  # of a cell of kind "two" or "group"
 
 
 class Fitted(Table):
@@ -28,11 +28,18 @@ class Fitted(Table):
 
     Kinds: right (numbers), word (states), name (one line, cut with an
     ellipsis), path (broken anywhere), wide (wraps), two (wraps to two lines,
-    then cut).
+    then cut), group (as two, and gives way later).
     """
 
-    def __init__(self, columns: Sequence[tuple[str, str]]) -> None:
-        super().__init__(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True)
+    def __init__(self, columns: Sequence[tuple[str, str]], *, ruled: bool = True) -> None:
+        """Take the columns; not `ruled`: without the line below the headings, and without headings if all are ''."""
+        if ruled:
+            super().__init__(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True)
+        else:
+            super().__init__(
+                box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim",
+                show_header=any(heading for heading, _ in columns),
+            )  # fmt: skip
         self._kinds = [kind for _, kind in columns]
         for heading, kind in columns:
             self.add_column(
@@ -45,7 +52,7 @@ class Fitted(Table):
     def add(self, cells: Sequence[Text]) -> None:
         """Add a row."""
         pairs = zip(self._kinds, cells, strict=True)
-        self.add_row(*(TwoLines(cell) if kind == "two" else cell for kind, cell in pairs))
+        self.add_row(*(TwoLines(cell) if kind in ("two", "group") else cell for kind, cell in pairs))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Give each column its width for the place it is printed at."""

@@ -35,7 +35,8 @@ _COLOURS = {
     "STARTING": "cyan", "CANCELLING": "yellow", "ABANDONED": "yellow", "ok": "green", "degraded": "yellow",
     "alarm": "bold red", "lost": "bold red", "suspect": "red", "low": "yellow", "critical": "bold red",
     "paused": "yellow", "blocked": "bold red", "verified": "green", "held": "bold red", "removed": "dim",
-    "faulty": "bold red", "incomplete": "yellow", "stopped": "bold red",
+    "faulty": "bold red", "fault": "bold red", "warning": "yellow", "note": "cyan", "incomplete": "yellow",
+    "stopped": "bold red",
 }  # fmt: skip
 
 
@@ -100,6 +101,14 @@ def clock(utc: float | None) -> str:
     return moment.strftime("%H:%M:%S" if moment.date() == today else "%Y-%m-%d %H:%M:%S")
 
 
+def looked_next(utc: float | None) -> str:
+    """Return when something that waits is looked at next, to be put behind why it waits; '' if that is not known."""
+    if utc is None:
+        return ""
+    left_s = utc - datetime.now(UTC).timestamp()
+    return f"; looked at next in {age(left_s)}" if left_s >= 1 else "; looked at now"
+
+
 def rfc3339(utc: float | None) -> str | None:
     """Return an instant for programs: RFC 3339, UTC, milliseconds."""
     if utc is None:
@@ -159,11 +168,11 @@ def _columns() -> int:
     return max(40, int(said)) if said.isdigit() else WIDTH
 
 
-def table(*columns: str | tuple[str, str]) -> Fitted:
+def table(*columns: str | tuple[str, str], ruled: bool = True) -> Fitted:
     """Return an empty table; a column is its heading (then a path), or (heading, kind), see `tables.Fitted`."""
     from trigger_daemon.cli.tables import Fitted
 
-    return Fitted([column if isinstance(column, tuple) else (column, "path") for column in columns])
+    return Fitted([column if isinstance(column, tuple) else (column, "path") for column in columns], ruled=ruled)
 
 
 def row(made: Fitted, *cells: Any) -> None:
@@ -172,6 +181,9 @@ def row(made: Fitted, *cells: Any) -> None:
 
     shown = []
     for cell in cells:
+        if isinstance(cell, Text):
+            shown.append(cell)
+            continue
         text = "" if cell is None else str(cell) if isinstance(cell, int) else safe(str(cell))
         shown.append(Text(text, style=_COLOURS.get(text, "")))
     made.add(shown)
@@ -182,16 +194,28 @@ def coloured(word: str, stream: TextIO | None = None) -> str:
     import os
 
     colour = _COLOURS.get(word, "")
-    if not colour or "NO_COLOR" in os.environ or not (stream or sys.stdout).isatty():
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") in ("dumb", "unknown")
+    if not colour or plain or not (stream or sys.stdout).isatty():
         return word
     return click.style(word, fg=colour.removeprefix("bold ").replace("dim", "white"), bold=colour.startswith("bold"))
 
 
-def pairs(rows: Sequence[tuple[str, str]]) -> str:
-    """Return aligned `key  value` lines; those without a value are left out."""
+def pairs(rows: Sequence[tuple[str, str]], *, width: int | None = None) -> str:
+    """Return aligned `key  value` lines, wrapped between words to `width`; those without a value are left out."""
+    import textwrap
+
     rows = [(key, value) for key, value in rows if value]
     widest = max((len(key) for key, _ in rows), default=0)
-    return "\n".join(f"{key.ljust(widest)}  {value}" for key, value in rows)
+    lines = []
+    for key, value in rows:
+        line = f"{key.ljust(widest)}  {value}"
+        if width is not None and len(line) > width:
+            line = textwrap.fill(
+                value, max(width, widest + 22), initial_indent=f"{key.ljust(widest)}  ", drop_whitespace=True,
+                subsequent_indent=" " * (widest + 2), break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+        lines.append(line)
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------- errors

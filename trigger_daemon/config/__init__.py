@@ -13,7 +13,7 @@ from pathlib import Path
 from trigger_daemon.config import across
 from trigger_daemon.config.rules import RULES_MAX, Draft, read_file
 from trigger_daemon.config.schema import rules_schema
-from trigger_daemon.config.settings import Settings, load_settings, read_text
+from trigger_daemon.config.settings import MqttSettings, Settings, load_settings, read_text
 from trigger_daemon.config.source import Source
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.errors import ConfigError, ConfigFault
@@ -30,7 +30,7 @@ class RuleSet:
     faults: list[ConfigFault] = field(default_factory=list)
 
 
-def load_rules(directory: Path) -> RuleSet:
+def load_rules(directory: Path, settings: Settings | None = None) -> RuleSet:
     """Read every `*.yaml` of a directory, in the order of their names. Never raises: faults are in the result."""
     faults: list[ConfigFault] = []
     files: list[tuple[str, str]] = []
@@ -38,7 +38,7 @@ def load_rules(directory: Path) -> RuleSet:
         names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        hint = "create it, or set `rules_dir`" if missing else "let the daemon's user read it"
+        hint = "create it, or set `rules_dir` (settings: --config FILE)" if missing else "let the daemon's user read it"
         return RuleSet((), [], [ConfigFault(str(directory), 0, 0, f"cannot be read: {error.strerror or error}", hint)])
     wanted = [name for name in names if name.endswith(".yaml")]
     faults.extend(
@@ -53,12 +53,16 @@ def load_rules(directory: Path) -> RuleSet:
         text = read_text(directory / name, faults, missing_is_fault=True)
         if text is not None:
             files.append((str(directory / name), text))
-    read = parse_rules(files)
+    read = parse_rules(files, settings=settings)
     return RuleSet(read.rules, read.source, [*faults, *read.faults])
 
 
-def parse_rules(files: Sequence[tuple[str, str]], *, elsewhere: bool = False) -> RuleSet:
+def parse_rules(
+    files: Sequence[tuple[str, str]], *, elsewhere: bool = False, settings: Settings | None = None
+) -> RuleSet:
     """Read rules from (name, text) of each file. Never raises for what is written there.
+
+    With `settings`, what rules need of them is checked, too: which directories a collection shows, say.
 
     `elsewhere`: their checks ran on another machine, and need nothing that is not installed on this one.
     """
@@ -69,7 +73,7 @@ def parse_rules(files: Sequence[tuple[str, str]], *, elsewhere: bool = False) ->
     if len(drafts) > RULES_MAX:
         drafts[RULES_MAX].read.at.add(f"{len(drafts):,} rules", f"at most {RULES_MAX:,} are allowed over all files")
     else:
-        across.check(drafts)
+        across.check(drafts, settings.for_actions() if settings is not None else None)
     faults = [
         fault
         for source in sources
@@ -79,5 +83,6 @@ def parse_rules(files: Sequence[tuple[str, str]], *, elsewhere: bool = False) ->
 
 
 __all__ = [
-    "ConfigError", "ConfigFault", "RuleSet", "Settings", "load_rules", "load_settings", "parse_rules", "rules_schema",
+    "ConfigError", "ConfigFault", "MqttSettings", "RuleSet", "Settings", "load_rules", "load_settings", "parse_rules",
+    "rules_schema",
 ]

@@ -5,20 +5,23 @@ Only rules that could be read come here, so that one mistake gives one fault.
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from trigger_daemon import registry
-from trigger_daemon.config.rules import Draft, Read, bare, can_verify, template_faults
-from trigger_daemon.config.source import Bad, Value, nearest
+from trigger_daemon.config.rules import Draft, Read, ask_about, bare, can_verify, template_faults
+from trigger_daemon.config.source import Bad, Value
+from trigger_daemon.core.grammar import nearest
 from trigger_daemon.core.patterns import Ignore, Pattern, PatternError, compiled
 from trigger_daemon.core.rules import BUILT_IN_IGNORES, Rule, With
 
 ALWAYS_NAMES = ("rule", "batch", "host", "date")  # in every action's strings
 
 
-def check(drafts: Sequence[Draft]) -> None:
-    """Record every fault of a set of rules, over all its files."""
+def check(drafts: Sequence[Draft], settings: Mapping[str, Any] | None = None) -> None:
+    """Record every fault of a set of rules, over all its files; with the settings, what depends on them, too."""
     rules: dict[str, Draft] = {}
     for draft in drafts:
         other = rules.setdefault(draft.rule.name, draft)
@@ -38,7 +41,10 @@ def check(drafts: Sequence[Draft]) -> None:
             _own_digest(draft)
             _after(draft, rules)
             _proven_by(draft, rules)
-            _loops(draft, drafts)
+            _loops(draft, drafts, settings)
+            _size(draft)
+            _one_place(draft, drafts)
+            _shown(draft, settings)
         except Bad as bad:
             draft.read.at.source.add(bad.fault)
 
@@ -118,7 +124,8 @@ def _marker(place: Value, text: str, rule: Rule, known: set[str]) -> None:
 def _templates(draft: Draft, every: set[str], lacks: Mapping[str, str], group: set[str]) -> None:
     if draft.options is None or draft.action is None:
         return
-    known = group | set(ALWAYS_NAMES) | set(registry.extra_names(draft.action))
+    own = {*ALWAYS_NAMES, *registry.extra_names(draft.action, draft.options.values)}
+    known = group | own
     for key, place in draft.options.places.items():
         option = draft.action.OPTIONS[key]
         if not option.template or key not in draft.options.values:
@@ -128,7 +135,7 @@ def _templates(draft: Draft, every: set[str], lacks: Mapping[str, str], group: s
                 item.add(f"`{key}`: {wrong.message}", wrong.hint, wrong.offset)
             for name in names:
                 at = text.find("{" + name)
-                if name in ALWAYS_NAMES and name in every | set(lacks):
+                if name in own and name in every | set(lacks):
                     item.add(
                         f"`{key}`: {{{name}}} means both a capture of `match` and the daemon's own",
                         "give the capture another name", at,
@@ -227,11 +234,13 @@ def _proven_by(draft: Draft, rules: Mapping[str, Draft]) -> None:
             )
 
 
-def _loops(draft: Draft, drafts: Sequence[Draft]) -> None:
+def _loops(draft: Draft, drafts: Sequence[Draft], settings: Mapping[str, Any] | None) -> None:
     """What we write into a watched directory would be taken for new files, for ever."""
     if draft.action is None or draft.options is None or not draft.options.whole:
         return
-    for written in bare(draft.action).writes(draft.options.values):
+    action, options = bare(draft.action), draft.options.values
+    here = action.writes_here(options, settings) if settings is not None and hasattr(action, "writes_here") else ()
+    for written in (*action.writes(options), *here):
         directory = _fixed(str(written))
         for other in drafts:
             watch = other.rule.watch
@@ -243,11 +252,81 @@ def _loops(draft: Draft, drafts: Sequence[Draft]) -> None:
                     continue
             except PatternError:
                 continue
-            _writing_place(draft.options, str(written)).add(
+            place = draft.options.places.get("path", draft.options.at) if written in here else None
+            (place or _writing_place(draft.options, str(written))).add(
                 f"{written} lies inside {watch}, which the rule `{other.rule.name}` watches: copies would be new files",
                 f'write elsewhere, or add "{below}/" to its `ignore`' if below else "write elsewhere",
             )
             break
+
+
+def _one_place(draft: Draft, drafts: Sequence[Draft]) -> None:
+    """Two roots whose files keep their paths below one directory elsewhere would overwrite each other's.
+
+    One below that of another rule does too: directories of the other may be called so.
+    """
+    judge = getattr(draft.action, "place", None)
+    if judge is None or draft.options is None or not draft.options.whole or not draft.rule.watch:
+        return
+    service, place = bare(draft.action).place(draft.options.values)  # type: ignore[arg-type]
+    for other in itertools.takewhile(lambda one: one is not draft, drafts):
+        if other.action is not draft.action or other.options is None or not other.options.whole:
+            continue
+        if not other.rule.watch:
+            continue
+        theirs, below = bare(other.action).place(other.options.values)  # type: ignore[arg-type]
+        if theirs != service or not _collide(draft.rule, place, other.rule, below):
+            continue
+        at = draft.options.places.get("path") or draft.options.at
+        at.add(
+            f"the files of `{other.rule.name}`, below {other.rule.watch}, go to the same directory, or to one below the"
+            " other: those of one name would overwrite each other",
+            "give each rule a `path` of its own, such as /raw/one and /raw/two",
+        )
+        return
+
+
+def _collide(one: Rule, place: str, other: Rule, below: str) -> bool:
+    """Say whether two rules surely send to one directory, or one to where the other sends, and not the same files."""
+    pair = sorted([(one.watch, one.name, place), (other.watch, other.name, below)], key=lambda it: len(it[0]))
+    (high, deep), places = (watch.strip("/").split("/") for watch, _, _ in pair), []
+    for _, name, path in pair:  # a batch has its number alone
+        places.append([part.replace("{rule}", name) for part in path.split("/") if part])
+    if any(a != b or "{batch}" in a for a, b in zip(*places, strict=False)):
+        return False
+    # The root of one lies in that of the other just as their places do: they are the same files.
+    return not (deep[: len(high)] == high and places[1] == [*places[0], *deep[len(high) :]])
+
+
+def _size(draft: Draft) -> None:
+    """A provider that takes so many files at most would refuse the whole batch."""
+    most = getattr(draft.action, "FILES_MAX", None)
+    batch, read = draft.rule.batch, draft.read["batch"]
+    if most is None or batch is None or read is None:
+        return
+    for key in ("files", "only_first", "expect"):
+        if (wanted := getattr(batch, key)) is not None and wanted > most:
+            read.place(key).add(
+                f"`{key}` is {wanted}, but {draft.rule.action} takes {most} files at once", f"write at most {most}"
+            )
+    beside = sum(not companion.shared for companion, _ in draft.companions)
+    if batch.only_first is not None and batch.only_first <= most < batch.only_first * (1 + beside):
+        read.place("only_first").add(
+            f"`only_first` is {batch.only_first}, with companions {batch.only_first * (1 + beside)} files, but"
+            f" {draft.rule.action} takes {most} at once", f"write at most {most // (1 + beside)}",
+        )  # fmt: skip
+
+
+def _shown(draft: Draft, settings: Mapping[str, Any] | None) -> None:
+    """Ask the action whether it can name the directories that the rule's files lie in."""
+    judge = getattr(draft.action, "check_roots", None)
+    if judge is None or settings is None or draft.options is None or not draft.options.whole or not draft.rule.watch:
+        return
+    roots = [draft.rule.watch, *(companion.root or draft.rule.watch for companion, _ in draft.companions)]
+    ask_about(
+        lambda values: bare(draft.action).check_roots(values, tuple(dict.fromkeys(roots)), settings),  # type: ignore[arg-type]
+        draft.options, draft.options.at,
+    )
 
 
 def _fixed(path: str) -> str:

@@ -13,12 +13,12 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from trigger_daemon import registry
-from trigger_daemon.config.source import Bad, Source, Value, nearest
+from trigger_daemon.config.source import Bad, Source, Value
 from trigger_daemon.core import grammar
-from trigger_daemon.core.grammar import Option, OptionFault, Options
+from trigger_daemon.core.grammar import Option, OptionFault, Options, nearest
 from trigger_daemon.core.patterns import (
     Case,
     Ignore,
@@ -303,6 +303,8 @@ def leaf(value: Value, option: Option) -> Any:
     match option.kind:
         case "text":
             return value.text()
+        case "uuid":  # in one spelling: places are compared
+            return value.text().lower()
         case "int" | "duration" if value.kind == "text" and value.node.value in option.choices:
             return str(value.node.value)
         case "int" if option.choices and value.kind == "text":
@@ -318,7 +320,7 @@ def leaf(value: Value, option: Option) -> Any:
         case "bool":
             return value.boolean()
         case "duration":
-            return value.quantity(grammar.duration_s, "s", "duration")
+            return _at_least(value, value.quantity(grammar.duration_s, "s", "duration"), option.minimum, "s")
         case "size":
             return _at_least(value, value.quantity(grammar.size_bytes, "MB", "size"), option.minimum)
         case "rate":
@@ -330,13 +332,18 @@ def leaf(value: Value, option: Option) -> Any:
         case "ints":
             return [leaf(item, Option("int", "", minimum=option.minimum, template=option.template))
                     for item in value.items_or_one()]
+        case "list":
+            return [] if value.kind == "null" else [item.plain() for item in value.items_or_one()]
         case "map":
             return {} if value.kind == "null" else {str(k.node.value): v.plain() for k, v in value.pairs()}
 
 
-def _at_least(value: Value, number: int, minimum: int | None) -> int:
+Number = TypeVar("Number", int, float)
+
+
+def _at_least(value: Value, number: Number, minimum: int | None, unit: str = "") -> Number:
     if minimum is not None and number < minimum:
-        value.bad(f"`{value.key}` must be at least {minimum}, not {value.node.value}")
+        value.bad(f"`{value.key}` must be at least {minimum}{unit}, not {value.node.value}")
     return number
 
 
@@ -406,7 +413,7 @@ def _check(value: Value) -> CheckSpec:
     judges = ("check_options",) if value.source.elsewhere else ("check_options", "check_usable")
     for judge in filter(None, (getattr(check, hook, None) for hook in judges)):
         if len(value.source.faults) == before:
-            _ask_about(judge, options, given or place)
+            ask_about(judge, options, given or place)
     return name, options.values
 
 
@@ -490,7 +497,7 @@ def _rule(value: Value) -> Draft | None:
         ignore=(BUILT_IN_IGNORES if read["built_in_ignores"] is not False else ())
         + tuple(_slashed(read, text) for text in read["ignore"] or ()),
         case=read["case"] or "exact", on_rewrite=read["on_rewrite"] or "again", priority=read["priority"] or 0,
-        after=_after(read["after"]), complete=_complete(complete, companions), batch=_batch(batch, read),
+        after=_after(read["after"]), complete=_complete(complete, companions), batch=_batch(batch, read, action),
         proof=_proof(read, action, options), runs_max=(read["limits"] or {"runs": None})["runs"],
         bandwidth=(read["limits"] or {"bandwidth": None})["bandwidth"], retry=_retry(read["retry"]),
         reclaim=_reclaim(read["reclaim"]), file=value.source.file, line=value.line,
@@ -550,7 +557,7 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _batch(batch: Read | None, read: Read) -> Batch | None:
+def _batch(batch: Read | None, read: Read, action: type[Any] | None) -> Batch | None:
     if batch is None:
         return None
     closing = batch["close_on"]
@@ -566,6 +573,7 @@ def _batch(batch: Read | None, read: Read) -> Batch | None:
         group_by=tuple(batch["group_by"] or ()), files=batch["files"], bytes=batch["bytes"],
         oldest_waits_s=batch["oldest_waits"], idle_s=batch["idle"], expect=batch["expect"], close_on=marker,
         only_first=batch["only_first"], new_group_after_s=batch["new_group_after"], at=batch["at"] or (),
+        files_max=getattr(action, "FILES_MAX", None),
     )
 
 
@@ -610,7 +618,7 @@ def _start(read: Read) -> tuple[type[Any] | None, str, Read | None]:
         options = _options(place, given, action.OPTIONS, f"the action {name}")
         options.whole = len(value.source.faults) == before
         if options.whole:
-            _ask_about(bare(action).check, options, given or place)
+            ask_about(bare(action).check, options, given or place)
         return action, name, options
     except Bad as bad:
         value.source.add(bad.fault)
@@ -631,14 +639,25 @@ def bare(action: type[Any]) -> Any:
     return object.__new__(action)
 
 
-def _ask_about(judge: Callable[[Mapping[str, Any]], None], options: Read, place: Value) -> None:
+def ask_about(judge: Callable[[Mapping[str, Any]], None], options: Read, place: Value) -> None:
     """Let an action or a check judge its options together."""
     try:
         judge(options.values)
-    except OptionFault as fault:
-        options.places.get(fault.option, place).add(
-            f"`{fault.option}`: {fault.message}" if fault.option else fault.message, fault.hint,
-        )
+    except* OptionFault as found:
+        for fault in found.exceptions:
+            assert isinstance(fault, OptionFault)
+            _within(options, fault.option, place).add(
+                f"`{fault.option}`: {fault.message}" if fault.option else fault.message, fault.hint,
+            )
+
+
+def _within(options: Read, name: str, place: Value) -> Value:
+    """Return where an option stands, or, behind a dot, one key of an option that is a mapping."""
+    key, _, inner = name.partition(".")
+    at = options.places.get(key, place)
+    if not inner or at.kind != "map":
+        return at
+    return next((value for below, value in at.pairs() if str(below.node.value) == inner), at)
 
 
 def _proof(read: Read, action: type[Any] | None, options: Read | None) -> Literal["required", "none"]:
@@ -676,7 +695,7 @@ def template_faults(value: Value, option: Option) -> Iterator[tuple[Value, str, 
         try:
             names = template_names(text)
             wrong = None
-            if names and wants_number(text) and option.kind not in ("int", "ints", "map"):
+            if names and wants_number(text) and option.kind not in ("int", "ints", "list", "map"):
                 wrong = PatternError(f"`{text}` is a number, but `{value.key}` is a text", 0, f"write '{{{names[0]}}}'")
             yield value, text, names, wrong
         except PatternError as error:

@@ -74,7 +74,7 @@ def _field(spec: Option | Special | Section) -> Schema:
 def _option(option: Option) -> Schema:
     shape: Schema
     match option.kind:
-        case "text":
+        case "text" | "uuid":
             shape = _TEXT
         case "int":
             shape = {"type": "integer"}
@@ -94,11 +94,13 @@ def _option(option: Option) -> Schema:
             shape = _one_or_many({"enum": list(option.choices)} if option.choices else _TEXT)
         case "ints":
             shape = _one_or_many({"type": "integer"})
+        case "list":
+            shape = {}  # one value stands for a list of one
         case "map":
             shape = {"type": ["object", "null"]}
     if option.template and option.kind in ("int", "ints"):
         shape = {"anyOf": [shape, {"type": "string", "pattern": r"^\{\w+\|int\}$"}]}
-    if option.default is None and not option.required and option.kind != "map":
+    if option.default is None and not option.required and option.kind not in ("list", "map"):
         shape = {"anyOf": [shape, {"type": "null"}]}
     return {"description": option.doc, **shape}
 

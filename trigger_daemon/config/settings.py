@@ -11,38 +11,35 @@ import os
 import re
 import zoneinfo
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from trigger_daemon.config.source import FILE_BYTES_MAX, Bad, Source, Value, nearest
+from trigger_daemon.broker import CREDENTIAL, Account, account
+from trigger_daemon.config.source import FILE_BYTES_MAX, Bad, Source, Value
 from trigger_daemon.core import grammar
+from trigger_daemon.core.grammar import nearest
+from trigger_daemon.core.storage import CRITICAL, LOW, Amount, Limits
+from trigger_daemon.core.storage import Condition as CoreCondition
+from trigger_daemon.core.telling import Pace, Ways
 from trigger_daemon.errors import ConfigError, ConfigFault
 
 DEFAULT_FILE = Path("/etc/trigger-daemon/config.yaml")
 PREFIX = "TRIGGER_DAEMON_"
 FILE_VARIABLE = "TRIGGER_DAEMON_CONFIG"  # names the file, as --config does
 
+_SECRETS = {"globus": "client_secret", "mqtt": "password"}  # section -> its key that only the environment may set
+
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
-class Amount(NamedTuple):
-    """An amount of a volume: bytes, or a ratio of its size."""
-
-    bytes: int | None = None
-    ratio: float | None = None
-
-    def of(self, total_bytes: int) -> int:
-        """Return bytes on a volume of this size."""
-        return self.bytes if self.bytes is not None else round(total_bytes * (self.ratio or 0.0))
-
-
-def _wrong(message: str, hint: str = "") -> PydanticCustomError:
-    """Return what a validator raises: words for people, with a hint."""
-    return PydanticCustomError("setting", "{message}", {"message": message, "hint": hint})
+def _wrong(message: str, hint: str = "", *, key: str = "") -> PydanticCustomError:
+    """Return what a validator raises: words for people, with a hint. `key`: which key of a mapping is to be shown."""
+    return PydanticCustomError("setting", "{message}", {"message": message, "hint": hint, "key": key})
 
 
 def _quantity(read: Callable[[str], Any], unit: str, noun: str) -> Callable[[Any], Any]:
@@ -62,7 +59,7 @@ def _quantity(read: Callable[[str], Any], unit: str, noun: str) -> Callable[[Any
 def _ratio(text: str) -> float:
     found = _PERCENT.fullmatch(text.strip())
     if not found or float(found[1]) > 100:
-        raise ValueError(f"{text!r} is not a percentage; write for example 80%")
+        raise ValueError(f"{text!r} is not a percentage from 0% to 100%")
     return float(found[1]) / 100
 
 
@@ -125,17 +122,28 @@ class VolumeSettings(_Part):
     critical: Limit | None = None
     on_critical: Annotated[tuple[str, ...], BeforeValidator(_argv)] = ()  # a command, as words
 
+    def limits(self) -> Limits:
+        """Return them as the core knows them."""
+        return Limits(
+            self.path, self.reserve, self.low or LOW, self.enough, self.critical or CRITICAL, tuple(self.on_critical)
+        )
+
     @model_validator(mode="after")
     def _ordered(self) -> VolumeSettings:
         if self.enough is not None and self.low is None:
-            raise _wrong("`enough` without `low`: reclaim would end, but never begin", "set `low` too")
+            raise _wrong("`enough` without `low`: reclaim would end, but never begin", "set `low` too", key="enough")
+        limits = self.limits()
         for below, above in (("critical", "low"), ("low", "enough")):
-            least, most = getattr(self, below), getattr(self, above)
-            if least is None or most is None:
-                continue
-            same_kind = (least.bytes is None) == (most.bytes is None)
-            if same_kind and (least.bytes or least.ratio or 0) > (most.bytes or most.ratio or 0):
-                raise _wrong(f"`{below}` must not be more than `{above}`", "critical, low and enough are free space")
+            least, most = getattr(limits, below), getattr(limits, above)
+            if most is None or (least.bytes is None) != (most.bytes is None):
+                continue  # of an amount and a percentage the daemon says it, which knows how large the disk is
+            if (least.bytes or least.ratio or 0) > (most.bytes or most.ratio or 0):
+                unset = next((key for key in (below, above) if getattr(self, key) is None), "")
+                key = above if unset == below else below
+                hint = "all three are free space: critical is the least of them, enough the most"
+                if unset:
+                    hint += f"; `{unset}` is {getattr(limits, unset).ratio:.0%} unless it is set: set it too"
+                raise _wrong(f"`{below}` must not be more than `{above}`", hint, key=key)
         return self
 
 
@@ -157,11 +165,222 @@ class Condition(_Part):
             )
         return self
 
+    def plain(self) -> CoreCondition:
+        """Return it as the core knows it."""
+        if self.process is not None:
+            return CoreCondition("process", self.process, self.bandwidth)
+        if self.cpu_above is not None:
+            return CoreCondition("cpu_above", self.cpu_above, self.bandwidth)
+        assert self.io_pressure_above is not None
+        return CoreCondition("io_pressure_above", self.io_pressure_above, self.bandwidth)
+
 
 class ThrottleSettings(_Part):
     runs: int = Field(default=4, ge=1, le=1_000)
+    per_destination: int | None = Field(default=None, ge=1, le=1_000)  # runs at once that go to one place
     bandwidth: Rate | None = None
     while_: tuple[Condition, ...] = Field(default=(), alias="while")
+
+    @property
+    def conditions(self) -> tuple[CoreCondition, ...]:
+        return tuple(condition.plain() for condition in self.while_)
+
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+def _uuid(value: Any) -> str:
+    if not _UUID.fullmatch(str(value)):
+        raise _wrong(f"{value!r} is not a UUID", "copy it from app.globus.org")
+    return str(value).lower()
+
+
+def _inside(value: Any) -> str:
+    text = str(value)
+    if not text.startswith("/"):
+        raise _wrong(f"a path in a collection begins with /, not {text!r}", f"write /{text}")
+    return text.rstrip("/") or "/"
+
+
+Uuid = Annotated[str, BeforeValidator(_uuid)]
+
+
+class ManifestSettings(_Part):
+    path: Absolute  # where manifests of large batches are written
+    collection: Uuid  # that shows this directory
+
+
+class GlobusSettings(_Part):
+    """Who the daemon is to Globus, and what of this machine its collections show."""
+
+    client_id: Uuid | None = None
+    client_secret: str | None = Field(default=None, repr=False)  # by the environment only; none: a person logs in
+    client_secret_file: Absolute | None = None
+    collections: dict[Uuid, dict[Absolute, Annotated[str, BeforeValidator(_inside)]]] = {}
+    manifests: ManifestSettings | None = None
+    poll_s: Duration = Field(default=2.0, alias="poll", gt=0)  # the shortest pause between two looks at one task
+    listed_after_s: Duration = Field(default=300.0, alias="listed_after", gt=0)  # a run or flow is listed by then
+
+    def plain(self) -> dict[str, Any]:
+        """Return them as actions are given them."""
+        return self.model_dump()
+
+
+# What a message may order, as a person may: each only does what can be undone, or looked at before it goes on.
+MqttVerb = Literal[
+    "alarms.ack", "batches.close", "files.go", "files.skip", "pause", "resume", "rules.pause", "rules.resume",
+    "runs.cancel", "runs.hold", "runs.retry",
+]  # fmt: skip
+_LEVEL = re.compile(r"[^/+#\x00-\x1f\x7f]{1,100}")  # of a topic
+
+
+def _topic(value: Any) -> str:
+    text = str(value)
+    if not all(_LEVEL.fullmatch(level) for level in text.split("/")) or text.startswith("$") or len(text) > 200:
+        raise _wrong(f"{text!r} cannot begin a topic", "names with / between them, without + and #")
+    return text
+
+
+def _level(value: Any) -> str:
+    if not _LEVEL.fullmatch(str(value)) or str(value).startswith("$"):
+        raise _wrong(f"{value!r} cannot be one level of a topic", "a name without /, + and #")
+    return str(value)
+
+
+def _host(value: Any) -> str | None:
+    if value is None:
+        return None
+    text = str(value)
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}|[0-9A-Fa-f:.]*::?[0-9A-Fa-f:.]*(%\w+)?", text) or text.count(":") == 1:
+        raise _wrong(f"a name or an address is expected, not {text!r}", "the port goes to `port`, and TLS to `tls`")
+    return text
+
+
+def _tls(value: Any) -> Any:
+    """Let `tls: true` mean the certificates that the system trusts."""
+    return {} if value is True or value == "true" else None if value is False or value == "false" else value
+
+
+class TlsSettings(_Part):
+    ca: Absolute | None = None  # None: what the system trusts
+    certificate: Absolute | None = None  # of ours, where the broker asks for one
+    key: Absolute | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> TlsSettings:
+        if (self.certificate is None) != (self.key is None):
+            raise _wrong("`certificate` and `key` go together", "name both files, or none")
+        return self
+
+
+class MqttSettings(_Part):
+    """The broker, what we are called there, and what a message may make us do. Without `host` it is off."""
+
+    host: Annotated[str | None, BeforeValidator(_host)] = None
+    port: int | None = Field(default=None, ge=1, le=65_535)
+    tls: Annotated[TlsSettings | None, BeforeValidator(_tls)] = None
+    user: str | None = None
+    password: str | None = Field(default=None, repr=False)  # by the environment only
+    password_file: Absolute | None = None
+    prefix: Annotated[str, BeforeValidator(_topic)] = "trigger-daemon"
+    workstation: Annotated[str, BeforeValidator(_level)] | None = None  # None: the host's name
+    keepalive_s: Duration = Field(default=30.0, alias="keepalive", ge=5, le=3_600)
+    spool: int = Field(default=10_000, ge=1, le=1_000_000)  # events that a broker which was away is told of later
+    storage_every_s: Duration = Field(default=30.0, alias="storage_every", ge=1)
+    hints: bool = False
+    orders: tuple[MqttVerb, ...] = ()
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> MqttSettings:
+        if self.host is None and self.model_fields_set - {"host", "password"}:
+            raise _wrong("it lacks the key `host`", "name the broker; without it nothing is told and nothing is heard")
+        if self.password_file is not None and self.user is None:
+            raise _wrong("`password_file` without `user`", "name the user that it belongs to")
+        return self
+
+    @property
+    def password_or_file(self) -> bool:
+        """Whether there is a password, or is to be one."""
+        return bool(self.password or self.password_file)
+
+    @property
+    def at(self) -> str:
+        """The broker, for people."""
+        return self.account.at
+
+    @property
+    def port_or_default(self) -> int:
+        return self.account.port
+
+    @property
+    def account(self) -> Account:
+        """The broker and who we are there, where one is set."""
+        return account(self.plain(), CREDENTIAL)
+
+    def plain(self) -> dict[str, Any]:
+        """Return them as actions are given them."""
+        return self.model_dump()
+
+
+def _port(value: Any) -> Any:
+    """Let an address say what to write instead: metrics are never open to the network."""
+    if isinstance(value, str) and not value.strip().isdigit():
+        raise _wrong(f"{value!r} is no port", "a number alone: it is open on this machine (127.0.0.1), nowhere else")
+    return value
+
+
+class MetricsSettings(_Part):
+    """Where figures are told in Prometheus' text format; nowhere, unless asked."""
+
+    file: Absolute | None = None  # for the textfile collector of node_exporter
+    every_s: Duration = Field(default=15.0, alias="every", ge=1)
+    port: Annotated[int | None, BeforeValidator(_port)] = Field(default=None, ge=1, le=65_535)  # on 127.0.0.1
+
+    @model_validator(mode="after")
+    def _collected(self) -> MetricsSettings:
+        if self.file is not None and not self.file.endswith(".prom"):
+            raise _wrong(f"`file` must end in .prom, not {self.file!r}", "the collector reads no other")
+        return self
+
+
+def _address(value: Any) -> str:
+    text = str(value)
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._%+=/-]*(@[A-Za-z0-9.-]+)?", text) or len(text) > 254:
+        raise _wrong(f"{text!r} is not a mail address", "write it bare, such as oncall@example.org")
+    return text
+
+
+Address = Annotated[str, BeforeValidator(_address)]
+
+
+def _some(value: Any) -> Any:
+    if value in ([], ""):
+        raise _wrong("it is empty", "name at least one, or leave the key out")
+    return _argv(value)
+
+
+class MailSettings(_Part):
+    to: Annotated[tuple[Address, ...], BeforeValidator(_some)] = Field(max_length=20)
+    from_: Address | None = Field(default=None, alias="from")  # None: as sendmail has it
+    # It reads a whole message, and whom it is for, from its input.
+    sendmail: Annotated[tuple[str, ...], BeforeValidator(_some)] = ("/usr/sbin/sendmail", "-t", "-oi")
+
+
+class AlarmSettings(_Part):
+    """How people are told of alarms; off where neither `command` nor `mail` stands."""
+
+    command: Annotated[tuple[str, ...], BeforeValidator(_argv)] = ()  # as words; JSON on its input
+    mail: MailSettings | None = None
+    wait_s: Duration = Field(default=60.0, alias="wait", ge=0)  # alarms within it are one message
+    every_s: Duration = Field(default=300.0, alias="every", gt=0)  # at most one message
+    repeat_s: Duration = Field(default=43_200.0, alias="repeat", gt=0)  # of what nobody has acknowledged
+    timeout_s: Duration = Field(default=30.0, alias="timeout", gt=0, le=600)  # of a program
+
+    def ways(self) -> Ways:
+        """Return them as the teller knows them."""
+        mail, pace = self.mail, Pace(self.wait_s, self.every_s, self.repeat_s)
+        to, sender, sendmail = (mail.to, mail.from_ or "", mail.sendmail) if mail else ((), "", ())
+        return Ways(tuple(self.command), tuple(to), sender, tuple(sendmail), self.timeout_s, pace)
 
 
 class LogSettings(_Part):
@@ -184,10 +403,16 @@ class Settings(BaseSettings):
     throttle: ThrottleSettings = ThrottleSettings()
     reclaim: Annotated[Literal["disabled", "enabled"], BeforeValidator(_switch)] = "disabled"
     time_zone: Annotated[str | None, BeforeValidator(_zone)] = None  # None: the machine's
-    mqtt: dict[str, Any] = {}
-    globus: dict[str, Any] = {}
+    mqtt: MqttSettings = MqttSettings()
+    globus: GlobusSettings = GlobusSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    alarms: AlarmSettings = AlarmSettings()
     log: LogSettings = LogSettings()
     keep_done_s: Duration = Field(default=7_776_000.0, alias="keep_done", gt=0)  # with their manifests
+
+    def for_actions(self) -> dict[str, Any]:
+        """Return what actions are given of them, by section."""
+        return {"globus": self.globus.plain(), "mqtt": self.mqtt.plain()}
 
     @property
     def zone(self) -> str:
@@ -245,7 +470,7 @@ def load_settings(path: Path | None, env: Mapping[str, str]) -> Settings:
             faults.append(bad.fault)
         faults.extend(fault for fault in root.source.faults if fault not in faults)
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError([_unquoted(fault) for fault in faults])
 
     class Loaded(Settings):
         @classmethod
@@ -275,8 +500,24 @@ def _file(path: Path | None, faults: list[ConfigFault]) -> Value | None:
     root = source.compose(empty="write settings as `key: value`")
     if root is not None and root.kind != "map":
         source.add(root.fault(f"settings are a mapping, not {root.words()}", "write `key: value`, with the space"))
+    if root is not None and root.kind == "map":
+        _no_secrets(root)
     faults.extend(source.faults)
     return root if not source.faults else None
+
+
+def _no_secrets(root: Value) -> None:
+    """Refuse a secret in a file that many may read."""
+    for key, value in root.pairs():
+        secret = _SECRETS.get(key.node.value)
+        if secret and value.kind == "map":
+            for inner, _ in value.pairs():
+                if inner.node.value == secret:
+                    inner.add(
+                        "a secret does not belong in this file",
+                        f"write it into a file of mode 0600 that `{secret}_file` names, "
+                        f"or set {PREFIX}{key.node.value.upper()}__{secret.upper()}",
+                    )
 
 
 def read_text(file: Path, faults: list[ConfigFault], *, missing_is_fault: bool) -> str | None:
@@ -346,7 +587,8 @@ def _fault(item: Any, root: Value | None, variables: Mapping[tuple[str, ...], st
     """Return pydantic's error in our words, at its place."""
     keys = tuple(item["loc"])
     names = [str(key) for key in keys if not isinstance(key, int)]
-    message, hint = _words(item, names)
+    secret = _is_secret(names)
+    message, hint = _secret_words(item, names) if secret else _words(item, names)
     for variable_keys, variable in variables.items():
         if tuple(map(str, keys))[: len(variable_keys)] == variable_keys:
             return ConfigFault(variable, 0, 0, message, hint)
@@ -361,7 +603,42 @@ def _fault(item: Any, root: Value | None, variables: Mapping[tuple[str, ...], st
             if found is None:
                 break
             place = found[0] if item["type"] == "extra_forbidden" and key == keys[-1] else found[1]
-    return place.fault(message, hint)
+    if place.kind == "map" and (wanted := item.get("ctx", {}).get("key")):
+        place = next((value for key, value in place.pairs() if key.node.value == wanted), place)
+    told = place.fault(message, hint)
+    return replace(told, quote="") if secret else _unquoted(told)
+
+
+_WITH_SECRETS = ("globus", "mqtt")  # sections
+_SECRET = re.compile("secret|password", re.IGNORECASE)
+
+
+def _is_secret(names: list[str]) -> bool:
+    """Say whether a secret may stand there, also by mistake: its value is shown to nobody."""
+    if not names or names[0] not in _WITH_SECRETS:
+        return False
+    return len(names) == 1 or names[:2] == ["globus", "client_id"] or any(map(_SECRET.search, names))
+
+
+def _secret_words(item: Any, names: list[str]) -> tuple[str, str]:
+    """Return words without the value that was given."""
+    key = names[-1]
+    match item["type"]:
+        case "extra_forbidden" | "missing" | "model_type" | "dict_type" | "model_attributes_type":
+            return _words(item, names)
+        case "setting" if len(names) == 1:  # of keys that do not go together: our words, without any value
+            return _words(item, names)
+        case _ if key == "client_id":
+            return "`client_id` is not a UUID", "copy it from app.globus.org"
+        case _ if key.endswith("_file"):
+            return f"`{key}` is not an absolute path", "name the file that holds the secret, from / on"
+        case _:
+            return f"`{key}` is not what belongs there", "a secret is a text, in the environment or a file of mode 0600"
+
+
+def _unquoted(fault: ConfigFault) -> ConfigFault:
+    """Leave a line that may hold a secret out of what is shown."""
+    return replace(fault, quote="") if _SECRET.search(fault.quote) else fault
 
 
 def _words(item: Any, names: list[str]) -> tuple[str, str]:
@@ -406,4 +683,4 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := _model_of(part)) is not None), None)
 
 
-__all__ = ["Amount", "Settings", "load_settings"]
+__all__ = ["Amount", "MqttSettings", "Settings", "load_settings"]

@@ -8,7 +8,6 @@ allowed within a budget, so that no file can unfold without end.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
+from trigger_daemon.core.grammar import nearest
 from trigger_daemon.errors import ConfigFault
 
 FILE_BYTES_MAX = 1_000_000  # 1,000 rules of some length
@@ -44,17 +44,6 @@ class Bad(Exception):
     def __init__(self, fault: ConfigFault) -> None:
         super().__init__(fault.message)
         self.fault = fault
-
-
-def nearest(word: str, known: Collection[str], noun: str = "") -> str:
-    """Return a hint for a word nobody knows: the nearest one, or all."""
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
-    if close:
-        return f"did you mean `{close[0]}`?"
-    if not known:
-        return f"there is no {noun or 'other'} at all"
-    shown = sorted(known)
-    return f"known are: {', '.join(shown[:20])}{', ...' if len(shown) > 20 else ''}"
 
 
 @dataclass
@@ -342,7 +331,9 @@ class Value:
     def pairs(self) -> Iterator[tuple[Value, Value]]:
         """Yield keys and values of a mapping; a key written twice is a fault, recorded."""
         if self.kind != "map":
-            hint = "write a space after the colon"
+            hint = "write each key on a line of its own, indented below it"
+            if self.kind == "text" and ":" in str(self.node.value):
+                hint = "write a space after the colon"
             self.bad(f"{self._label()} must be a mapping (`key: value`), not {self.words()}", hint)
         seen: dict[str, int] = {}
         for key_node, node in self.node.value:

@@ -18,6 +18,7 @@ class Alarm:
     since_time: float
     told_at: float
     acked_by: str = ""
+    told: str = ""  # the words that were written last
 
 
 class Alarms:
@@ -31,18 +32,20 @@ class Alarms:
     def restore(self, alarms: Iterable[SavedAlarm], at: float) -> None:
         """Take the journal's open alarms."""
         for saved in alarms:
-            self.open[saved.key] = Alarm(saved.what, saved.hint, saved.since_time, at - RETELL_S, saved.acked_by or "")
+            self.open[saved.key] = Alarm(
+                saved.what, saved.hint, saved.since_time, at - RETELL_S, saved.acked_by or "", saved.what
+            )
 
     def raised(self, key: str, what: str, hint: str, at: float) -> None:
         """Raise an alarm; the same words again, or other words too soon, are one alarm."""
         old = self.open.get(key)
         if old is None:
-            self.open[key] = Alarm(what, hint, self._utc(at), at)
-        elif old.what == what or at - old.told_at < RETELL_S:
+            self.open[key] = Alarm(what, hint, self._utc(at), at, told=what)
+        elif old.told == what or at - old.told_at < RETELL_S:
             old.what, old.hint = what, hint
             return
         else:
-            old.what, old.hint, old.told_at = what, hint, at
+            old.what, old.hint, old.told_at, old.told = what, hint, at, what
         self._out.append(AlarmRaised(key, what, hint, self._utc(at)))
 
     def clear(self, key: str, at: float) -> None:

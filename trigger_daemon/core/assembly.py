@@ -10,9 +10,9 @@ closes while the root is away: what was true of a vanished disk proves nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trigger_daemon.core import model, patterns
 from trigger_daemon.core.model import (
@@ -112,6 +112,7 @@ class Assembly:
         utc: Callable[[float], float],
         next_ask: Callable[[], int],
         siblings: Siblings,
+        refuses: Callable[[str, Mapping[str, Any], str, str], str],
     ) -> None:
         self.rule = rule
         self.root = root
@@ -132,13 +133,18 @@ class Assembly:
         self._close_late = close_late
         self._follows = follows
         self._next_ask = next_ask
+        self._refuses = refuses
+        self._roots = roots
         self._last_seen: dict[Group, float] = {}  # for new_group_after
         self._owed_as: dict[Companion, str] = {}  # late companions -> their durable mark
         self._carried: dict[str, int] = {}  # path of an included marker -> the last batch that it went with
         spec = rule.batch
         self.spec: Batch | None = spec
         counts = [n for n in (spec.only_first, spec.files, spec.expect) if n is not None] if spec else []
-        self._files_enough = min([*counts, BATCH_FILES_MAX])
+        most = spec.files_max if spec else None
+        self._part = BATCH_FILES_MAX if most is None else min(most, BATCH_FILES_MAX)
+        self._files_most = BATCH_FILES_MAX if spec and spec.at else self._part  # a time of day is waited for
+        self._files_enough = min([*counts, self._files_most])
         self._bytes_enough = spec.bytes if spec else None
         self.settling = Settling(
             key=rule.id,
@@ -251,6 +257,9 @@ class Assembly:
         if self.stalled or self.blocked:
             self.stalled.pop(member, None)
             self.blocked.pop(member, None)
+        if why := self._refused(member):  # alone, before a batch holds it: the others go
+            self.settling.block(member, why)
+            return
         if self.spec is None:
             if at - member.seen <= FRESH_S and not member.companions and self.steady:
                 self._close_now([member], self.captures(member), "complete", at)
@@ -280,6 +289,17 @@ class Assembly:
             self._bytes_enough is not None and open_.bytes >= self._bytes_enough
         ):
             self._consider(open_, at)
+
+    def _refused(self, member: Member) -> str:
+        """Return why the action can never take this file, or a companion of it, '' if it can."""
+        action, options = self.rule.action, self.rule.options
+        if why := self._refuses(action, options, self.rule.watch, member.path):
+            return why
+        for companion in filter(travels, member.companions):
+            root = next((path for path, number in self._roots.items() if number == companion.root), self.rule.watch)
+            if why := self._refuses(action, options, root, companion.path):
+                return f"its companion {companion.path}: {why}"
+        return ""
 
     def _settled(self, member: Member, at: float) -> None:
         for pending in list(self.pending):
@@ -336,7 +356,7 @@ class Assembly:
             reason = f"expect: all {spec.expect} have come"
         elif spec.bytes is not None and open_.bytes >= spec.bytes:
             reason = f"bytes: {open_.bytes} of {spec.bytes}"
-        elif files >= BATCH_FILES_MAX:
+        elif files >= self._files_most:
             reason = f"files: {files}, the most a batch may hold"
         if reason:
             self._begin_close(open_, reason, at)
@@ -525,7 +545,8 @@ class Assembly:
             return
         group = self.named(open_.group)
         if spec.only_first is None:
-            self._close_now(members, group, open_.closing, at)
+            for part in self._parts(members):
+                self._close_now(part, group, open_.closing, at)
             return
         batch = self._close_now(members[: spec.only_first], group, open_.closing, at)
         self._mark(canonical(group), "taken", batch, at)
@@ -534,6 +555,22 @@ class Assembly:
             self.claim_alone(late, CLAIM_ONLY_FIRST, at)
         if spec.new_group_after_s is not None:
             self._in_use(open_.group, spec.new_group_after_s, at)
+
+    def _parts(self, members: list[Member]) -> Iterator[list[Member]]:
+        """Yield the members in batches that hold no more than may be, each with its companions.
+
+        One file with more companions than that goes all the same: they are one set.
+        """
+        part: list[Member] = []
+        beside: set[Companion] = set()  # one that several share travels once
+        for member in members:
+            its = {companion for companion in member.companions if travels(companion)}
+            if part and len(part) + 1 + len(beside | its if its else beside) > self._part:
+                yield part
+                part, beside = [], set()
+            part.append(member)
+            beside |= its
+        yield part
 
     def _in_use(self, group: Group, anew_s: float, at: float) -> None:
         self._last_seen[group] = at
@@ -734,11 +771,12 @@ class Assembly:
         if spec.bytes is not None:
             parts.append(f"{open_.bytes} of {spec.bytes} bytes")
         if spec.oldest_waits_s is not None:
-            parts.append(f"or oldest_waits: {spec.oldest_waits_s:g} s")
+            parts.append(f"{'or ' if parts[1:] else ''}oldest_waits: {spec.oldest_waits_s:g} s")
         if spec.idle_s is not None:
-            parts.append(f"or idle: {spec.idle_s:g} s")
+            parts.append(f"{'or ' if parts[1:] else ''}idle: {spec.idle_s:g} s")
         if spec.close_on is not None:
-            parts.append(f"closed by {spec.close_on.file}")
+            marker = patterns.compiled(spec.close_on.file, self.rule.case).filled(self.named(open_.group))
+            parts.append(f"closed once {marker} is complete")
         if spec.at:
             parts.append(f"closed at {', '.join(spec.at)}")
         ends = [t for t in (self.timers.at((self, open_, k)) for k in ("oldest", "idle")) if t is not None]
@@ -754,7 +792,12 @@ def record_of(assembly: Assembly, member: Member) -> model.Member:
 
 def companion_records(member: Member) -> list[model.Member]:
     """Return the companions that travel with a file."""
-    return [companion_record(c) for c in member.companions if c.quiet and c.state is not None]
+    return [companion_record(companion) for companion in filter(travels, member.companions)]
+
+
+def travels(companion: Companion) -> bool:
+    """Say whether a companion goes with its file."""
+    return companion.quiet and companion.state is not None
 
 
 def companion_record(companion: Companion) -> model.Member:

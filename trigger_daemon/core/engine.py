@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from trigger_daemon.core.model import (
     CLAIM_UNKNOWN,
     UNKNOWN,
     Answer,
+    AttemptChanged,
     BaselineSet,
     BatchClosed,
     CannotVerify,
@@ -37,27 +38,34 @@ from trigger_daemon.core.model import (
     Kept,
     Log,
     Look,
+    LookedBack,
     Mark,
     Marked,
     Mismatch,
+    Mounted,
     NotStarted,
     Order,
     Ordered,
     Polled,
     Prepared,
+    Pressed,
     Proved,
     Released,
+    Removed,
+    Renewed,
     RootChanged,
     Row,
     RulesAccepted,
     RulesOffered,
     RunState,
     Seen,
+    Selected,
     Started,
     StartUnknown,
     Sweep,
     Swept,
     Tick,
+    Troubled,
     Unreadable,
     UseRules,
     Vanished,
@@ -65,6 +73,7 @@ from trigger_daemon.core.model import (
     join,
     split,
 )
+from trigger_daemon.core.reclaims import Reclaims
 from trigger_daemon.core.regexes import PatternError
 from trigger_daemon.core.rules import Retry, Rule
 from trigger_daemon.core.runs import Run, Runs
@@ -81,6 +90,7 @@ from trigger_daemon.core.settle import (
     Settling,
     Siblings,
 )
+from trigger_daemon.core.storage import Condition, Limits, Storage
 from trigger_daemon.core.timers import Timers
 
 SETTLING_HIGH = 100_000  # files in their quiet period at which sweeps wait: about 60 MB
@@ -88,6 +98,7 @@ SETTLING_LOW = 50_000
 PRUNE_EVERY_S = 0.5
 SWEEP_AGAIN_S = 30.0  # after a failed sweep that something waits for; longer for a tree that takes long
 SWEEP_AGAIN_DUTY = 20
+CLOCK_STEP_S = 1.0  # a wall clock that went by so much more or less than time did was set
 CLOCK_AHEAD_S = 86_400.0  # a mark so far in the future was made by a clock that has been set back
 TELL_EVERY_S = 1.0
 OUTDATED_MAX = 10_000  # files looked at anew because a run found them changed; beyond them sweeps do
@@ -110,6 +121,8 @@ _BESIDES: dict[str, Any] = {
     "existing": "process",
 }
 
+WITNESS_EVERY_S = 300.0  # a crash forgets at most so much of what was witnessed
+
 AWAY = frozenset({"lost", "suspect"})
 
 _STAGE = {
@@ -130,9 +143,12 @@ class Providers(Protocol):
 
     def prepares(self, action: str) -> bool: ...
     def leaves_out(self, action: str) -> bool: ...
+    def at_once(self, action: str) -> int | None: ...
+    def refuses(self, action: str, options: Mapping[str, Any], root: str, path: str) -> str: ...
     def templates(self, action: str) -> frozenset[str]: ...
-    def extra_names(self, action: str) -> tuple[str, ...]: ...
+    def extra_names(self, action: str, options: Mapping[str, Any]) -> tuple[str, ...]: ...
     def destination(self, action: str, options: Mapping[str, Any]) -> str: ...
+    def writes(self, action: str, options: Mapping[str, Any]) -> tuple[str, ...]: ...
 
 
 class Engine:
@@ -147,6 +163,9 @@ class Engine:
         runs_max: int = 4,
         time_zone: str = "UTC",
         keep_done_s: float = 90 * 86_400.0,
+        limits: Sequence[Limits] = (),
+        conditions: Sequence[Condition] = (),
+        bandwidth: int | None = None,
     ) -> None:
         self.host = host
         self.providers = providers
@@ -158,16 +177,33 @@ class Engine:
         self.timers = Timers()
         self.alarms = Alarms(self._out, self._utc)
         self.marks: dict[tuple[int, str, str], tuple[int, float]] = {}
+        self.storage = Storage(limits, conditions, bandwidth, out=self._out, alarms=self.alarms)
+        self._witness = 0.0  # of earlier lives, less when this one began
+        self.reclaims = Reclaims(
+            out=self._out,
+            alarms=self.alarms,
+            timers=self.timers,
+            utc=self._utc,
+            storage=self.storage,
+            root_path=lambda root: self.root_paths.get(root, f"root {root}"),
+            believed=self._believed,
+            paused=lambda: bool(self.runs.paused_all or self.reclaim_held),
+        )
+        self.waived: set[str] = set()  # rules whose claims hold no file back any more
         self.runs = Runs(
             timers=self.timers,
             out=self._out,
             alarms=self.alarms,
             utc=self._utc,
+            witnessed=self.witnessed,
             rand=rand,
             marks=self.marks,
             runs_max=runs_max,
             prepares=providers.prepares,
             leaves_out=providers.leaves_out,
+            at_once=providers.at_once,
+            writes=providers.writes,
+            storage=self.storage,
             on_outdated=self._outdate,
         )
         self._outdated: set[tuple[int, str, str]] = set()  # files to be looked at anew, known to no settling
@@ -177,6 +213,7 @@ class Engine:
         self.root_paths: dict[int, str] = {}
         self.root_health: dict[int, RootChanged] = {}
         self.rules_fault: Mapping[str, Any] | None = None
+        self.settings_refused = False
         self.undecided: dict[str, Mapping[str, Any]] = {}  # rule -> what `rules apply` must answer
         self._offered: RulesOffered | None = None
         self._settlings: dict[int, Settling] = {}
@@ -195,7 +232,7 @@ class Engine:
         self._marked_at = 0.0
         self._told_at = 0.0
         self._restored: Sequence[OpenRun] | None = None
-        self._rule_names: Mapping[int, str] = {}
+        self._rule_names: dict[int, str] = {}
         self._kept: Mapping[str, Any] = {}
         self._steps: dict[type, Callable[[Any], None]] = {
             Seen: self._seen,
@@ -211,18 +248,49 @@ class Engine:
             NotStarted: self.runs.not_started,
             StartUnknown: self.runs.start_unknown,
             Polled: self.runs.polled,
-            Proved: self.runs.proved,
+            Proved: self._proved,
             Mismatch: self.runs.mismatch,
             CannotVerify: self.runs.cannot_verify,
             Order: self._order,
             RulesOffered: self._rules_offered,
-            Gauged: lambda fact: None,
+            Gauged: self._gauged,
+            Mounted: self._mounted,
+            Pressed: self._pressed,
+            Selected: self.reclaims.selected,
+            Removed: self.reclaims.removed,
+            LookedBack: self.runs.looked_back,
+            Troubled: self._troubled,
         }
 
     # ------------------------------------------------------------------- time
 
     def _utc(self, at: float) -> float:
         return at + self._offset
+
+    def witnessed(self, at: float) -> float:
+        """Return how many seconds daemons have worked on this journal: an age that no set clock changes."""
+        return self._witness + at
+
+    def _keep_witness(self, at: float) -> None:
+        """Let a later life go on from here, while `keep_for` of some rule counts by it."""
+        self._out.append(Kept("witnessed", self.witnessed(at)))
+        if any(rule.reclaim for rule in self.rules.values()):
+            self.timers.set("witness", at + WITNESS_EVERY_S, self._keep_witness)
+
+    @property
+    def proving(self) -> frozenset[int]:
+        """The rules that reclaim needs the records of: those that ask for it, and those that prove for them."""
+        names = {name for rule in self.rules.values() if rule.reclaim for name in (rule.name, *rule.reclaim.proven_by)}
+        return frozenset(rule.id for rule in self.rules.values() if rule.name in names)
+
+    def end(self, at: float) -> list[Effect]:
+        """Return what is to be written before the daemon ends."""
+        return [Kept("witnessed", self.witnessed(at))] if any(rule.reclaim for rule in self.rules.values()) else []
+
+    def _believed(self, root: int) -> bool:
+        """Say whether a root is the one that was accepted, and can be looked at now."""
+        health = self.root_health.get(root)
+        return root in self.roots.values() and health is not None and health.health in ("ok", "degraded")
 
     def next_deadline(self) -> float | None:
         """Return the instant at which a `Tick` has something to do."""
@@ -256,6 +324,7 @@ class Engine:
         self._baselines = set(saved.baselines)
         self.marks.update({(m.rule, m.group, m.kind): (m.batch, m.time) for m in saved.groups})
         self.alarms.restore(saved.alarms, at)
+        self.storage.forget(at)
         for (rule, state), counts in saved.tally.items():
             self.runs.tally[(rule, state)] = list(counts)
         if paused := saved.kept.get("paused"):
@@ -266,14 +335,20 @@ class Engine:
         for key, kept in saved.kept.items():
             if key.startswith(SIBLINGS):
                 self._siblings[int(key.removeprefix(SIBLINGS))] = {check: dict(of) for check, of in kept.items()}
-        self._rule_names = saved.rules
+        self._witness = float(saved.kept.get("witnessed") or 0.0) - at
+        self.waived = set(saved.kept.get("waived") or ())
+        self.reclaims.restore(saved.reclaims, saved.last_reclaim)
+        self._rule_names = dict(saved.rules)
         self._kept = saved.kept
         self.root_paths.update(saved.roots)
         self._restored = saved.runs  # taken up when the first rules are known: `after` and limits hold for them
 
     def _tick(self, fact: Tick) -> None:
         self._now = max(self._now, fact.at)
-        self._offset = fact.utc - fact.at
+        offset, self._offset = self._offset, fact.utc - fact.at
+        if abs(self._offset - offset) > CLOCK_STEP_S:  # it was set, or the machine has slept: a time of day is nearer
+            for assembly in self.assemblies.values():
+                self._schedule(assembly, fact.at)
         for settling in self._settlings.values():
             settling.expire(fact.at)
         self.timers.run(fact.at)
@@ -285,9 +360,66 @@ class Engine:
         if fact.at - self._told_at >= TELL_EVERY_S:
             self._told_at = fact.at
             self._tell_blocked(fact.at)
+            self.runs.tell_stranded(fact.at)
         self._balance_sweeps()
 
+    # ------------------------------------------------- storage and the instrument
+
+    def use_settings(
+        self, limits: Sequence[Limits], conditions: Sequence[Condition], bandwidth: int | None, runs_max: int,
+        destination_max: int | None = None,
+    ) -> None:  # fmt: skip
+        """Take what the settings say of storage and throttle now."""
+        self.runs.runs_max, self.runs.destination_max = runs_max, destination_max
+        self.storage.use_settings(limits, conditions, bandwidth)
+        self.storage.forget(self._now)
+        self._use_storage()
+
+    @property
+    def reclaim_held(self) -> str:
+        """Return why nothing is deleted although it is enabled, '' if it is.
+
+        What somebody has written and is refused may be a longer `keep_for`, or `reclaim: disabled`.
+        """
+        what = [*(["rule files"] if self.rules_fault else []), *(["settings"] if self.settings_refused else [])]
+        return f"the {' and the '.join(what)} have a fault" if what else ""
+
+    def _use_storage(self) -> None:
+        self.storage.use(self.rules.values(), lambda rule: self.providers.writes(rule.action, rule.options))
+        self.runs.dirty = True
+
+    def _gauged(self, fact: Gauged) -> None:
+        self.runs.dirty |= self.storage.gauged(fact)
+        self.reclaims.look(fact.at)
+
+    def _proved(self, fact: Proved) -> None:
+        self.runs.proved(fact)
+        self.reclaims.proved(fact.at)
+
+    def _mounted(self, fact: Mounted) -> None:
+        self.storage.mounts(fact.table)
+        self._use_storage()
+
+    def _pressed(self, fact: Pressed) -> None:
+        self.runs.dirty |= self.storage.pressed(fact)
+        self._await_calm()
+
+    def _await_calm(self) -> None:
+        """See that what is held for a while only ends, though nothing new is told of it."""
+        if (at := self.storage.calm_at()) is not None:
+            self.timers.set("throttle", at, self._calm)
+
+    def _calm(self, at: float) -> None:
+        self.runs.dirty |= self.storage.calm(at)
+        self._await_calm()
+
     # ------------------------------------------------------------------ looks
+
+    def _troubled(self, fact: Troubled) -> None:
+        if fact.what:
+            self.alarms.raised(fact.key, fact.what, fact.hint, fact.at)
+        else:
+            self.alarms.clear(fact.key, fact.at)
 
     def _seen(self, fact: Seen) -> None:
         if fact.cause == "deadline":
@@ -566,7 +698,7 @@ class Engine:
         """Return what the run is to do, with every template rendered; frozen in the journal."""
         day = datetime.datetime.fromtimestamp(self._utc(at), self._zone).date().isoformat()
         values = {**captures, "rule": rule.name, "batch": str(batch), "host": self.host, "date": day}
-        for name in self.providers.extra_names(rule.action):
+        for name in self.providers.extra_names(rule.action, rule.options):
             values[name] = "{" + name + "}"  # the action's own, filled in when it starts
         templates = self.providers.templates(rule.action)
         options = dict(rule.options)
@@ -589,10 +721,13 @@ class Engine:
             "group": dict(captures) if rule.batch else {},
             "action": rule.action,
             "options": options,
+            "written": {name: rule.options[name] for name in sorted(templates & rule.options.keys())
+                        if "{" in str(rule.options[name])},
             "captures": dict(captures),
             "proof": rule.proof,
             "retry": asdict(rule.retry),
             "bandwidth": rule.bandwidth,
+            "after": self.runs.gate(rule, captures),
             **fault,
         }
 
@@ -602,10 +737,14 @@ class Engine:
         if fact.fault is not None:
             self.rules_fault = fact.fault
             where = f"{fact.fault.get('file')}:{fact.fault.get('line')}:{fact.fault.get('column')}"
+            many = fact.fault.get("faults", 1)
+            have = "have a fault, the last good rules go on" if many == 1 else (
+                f"have {many} faults (`rules check` shows all), the last good rules go on; the first"
+            )
             self.alarms.raised(
                 "rules",
-                f"the rule files have a fault, the last good rules go on: {where}: {fact.fault.get('message')}",
-                str(fact.fault.get("hint", "")),
+                f"the rule files {have}: {where}: {fact.fault.get('message')}",
+                "; ".join(filter(None, [str(fact.fault.get("hint", "")), self._reclaim_waits()])),
                 fact.at,
             )
             return
@@ -633,6 +772,10 @@ class Engine:
         self._use(rules, fact, known)
         if not moved:  # else a restart would take the change without asking
             self._out.append(RulesAccepted(fact.source, self._utc(fact.at)))
+
+    def _reclaim_waits(self) -> str:
+        asked = self.reclaims.enabled and any(rule.reclaim for rule in self.rules.values())
+        return "until then reclaim deletes nothing" if asked else ""
 
     def _moved(self, fact: RulesOffered) -> dict[str, Mapping[str, Any]]:
         """Return the rules whose `watch` changed although they have claims in the old root."""
@@ -679,6 +822,7 @@ class Engine:
                     utc=self._utc,
                     next_ask=self._next_ask,
                     siblings=self._siblings.setdefault(rule.id, {}),
+                    refuses=self.providers.refuses,
                 )
                 health = self.root_health.get(root)
                 assembly.steady = health is None or health.health not in AWAY
@@ -704,10 +848,12 @@ class Engine:
         self._baseline_asks = {key: ask for key, ask in self._baseline_asks.items() if key in served}
         self._forget_roots(fact.at)
         self.rules = new
+        self.storage.use(rules, lambda rule: self.providers.writes(rule.action, rule.options))
         self.runs.use(list(rules), fact.at)
         if self._restored is not None:
             self.runs.restore(self._restored, self._rule_names, self._kept, fact.at)
             self._restored = None
+        self.runs.follow(fact.at)
         self._settlings = {}
         self._by_root = {}
         for assembly in self.assemblies.values():
@@ -718,7 +864,12 @@ class Engine:
                 roots = {settling.root, *(self.roots[spec.root] for spec in settling.specs if spec.root in self.roots)}
                 for number in roots:
                     self._by_root.setdefault(number, []).append(settling)
+        self._rule_names.update({rule.id: rule.name for rule in rules})
         self._out.append(UseRules(tuple(rules)))
+        self._waive([name for name in self.waived if name not in new or name in self.runs.paused_rules])
+        self.reclaims.use(rules, fact.at, self.undecided)
+        if self.timers.at("witness") is None and any(rule.reclaim for rule in rules):
+            self.timers.set("witness", fact.at + WITNESS_EVERY_S, self._keep_witness)
         asks = {root: ask for (_, root), (ask, _) in sorted(self._baseline_asks.items(), key=lambda item: item[1])}
         for root in fresh | asks.keys():
             self._out.append(Sweep(root, True, asks.get(root) or self._next_ask()))
@@ -754,7 +905,7 @@ class Engine:
         spec = assembly.rule.batch
         assert spec is not None
         wait = self._next_due(spec.at, self._utc(at)) - self._utc(at)
-        # At most an hour ahead: the wall clock may be set meanwhile.
+        # At most an hour ahead: a clock that is slewed is set by less than a tick shows.
         self.timers.set(
             (assembly.rule.id, "at"), at + min(max(wait, 0.05), 3_600.0), lambda now: self._at(assembly, now)
         )
@@ -833,9 +984,26 @@ class Engine:
         if name not in self.rules and name not in self.runs.paused_rules:
             return _no(f"there is no rule {name!r}", "`trigger-daemon rules list` names them")
         (self.runs.paused_rules.add if pause else self.runs.paused_rules.discard)(name)
+        if not pause:
+            self._waive(self.waived - {name})
         self._out.append(Kept("paused_rules", sorted(self.runs.paused_rules) or None))
         self.runs.dirty = True
         return {"ok": True, "text": f"rule {name} is {'paused: its runs wait' if pause else 'resumed'}"}
+
+    def _rules_waive(self, order: Order) -> dict[str, Any]:
+        """Let a rule that is paused or gone hold no file back from `reclaim` any more."""
+        name = str(order.args.get("rule", ""))
+        if name in self.rules and name not in self.runs.paused_rules:
+            return _no(f"rule {name} is at work: what it has not finished with is kept", f"`rules pause {name}` first")
+        if name not in self.rules and name not in self._rule_names.values():
+            return _no(f"there never was a rule {name!r}", "`trigger-daemon status` names removed ones, too")
+        self._waive(self.waived | {name})
+        return {"ok": True, "text": f"rule {name} holds no file back from `reclaim` until it is at work again"}
+
+    def _waive(self, names: Iterable[str]) -> None:
+        if (now := set(names)) != self.waived:
+            self.waived = now
+            self._out.append(Kept("waived", sorted(now) or None))
 
     def _batches_close(self, order: Order) -> dict[str, Any]:
         assembly = self._assembly(str(order.args.get("rule", "")))
@@ -929,7 +1097,14 @@ class Engine:
         done, errors = [], []
         for number in _numbers(order.args.get("ids", ())):
             run = self.runs.open.get(number)
-            error = act(run, because, order.at) if run else f"run {number} is not open"
+            if run is None and not 0 < number <= self._last_batch:
+                error = f"there is no run {number}"
+            elif run is None:
+                error = f"run {number} is not open (`trigger-daemon files resend` sends its files again)"
+            elif not (error := self._renew(run, order.at) if verb == "retry" and order.args.get("anew") else ""):
+                if verb == "retry" and order.args.get("anyway"):
+                    self.runs.open_gate(run, because, order.at)
+                error = act(run, because, order.at)
             if error:
                 errors.append(error)
             else:
@@ -943,16 +1118,44 @@ class Engine:
             }
         return {"ok": True, "done": done, "errors": errors, "text": f"{verb}: {len(done)} runs"}
 
+    def _renew(self, run: Run, at: float) -> str:
+        """Let a run that is held, or waits for another rule, do what its rule says now; return '' or why not."""
+        rule = self.rules.get(run.rule)
+        if not (run.state == RunState.HELD or run.place == "after") or run.live or run.asked:
+            still = "only a HELD run of which nothing is under way, or one that waits for another rule, can begin anew"
+            return f"run {run.id} is {run.state}; {still}"
+        if rule is None:
+            return f"run {run.id}: its rule {run.rule} is gone"
+        if rule.action != run.request.get("action"):
+            return f"run {run.id}: its rule starts {rule.action} now, and not {run.request.get('action')}"
+        request = self.request(rule, run.request.get("captures", {}), run.id, run.created_at)
+        if fault := request.get("fault"):
+            return f"run {run.id}: {fault}"
+        run.request = {**request, "group": run.request.get("group", {})}
+        if run.delivered:  # it may not be where it is to be now
+            run.delivered = False
+            self._out.append(AttemptChanged(run.id, run.attempts, outcome="succeeded, but it was begun anew"))
+        run.destination = self.providers.destination(rule.action, rule.options)
+        run.files_done = run.bytes_done = 0
+        self._out.append(Renewed(run.id, run.request, run.destination, self._utc(at)))
+        return ""
+
     def _alarms_ack(self, order: Order) -> dict[str, Any]:
         key = str(order.args.get("key", ""))
         keys = list(self.alarms.open) if key in ("", "all") else [key]
         done = [k for k in keys if self.alarms.ack(k, order.who, order.at)]
+        own = [str(k) for k in order.args.get("own") or ()]  # that the daemon keeps itself
         for key in done:
-            if key.startswith("recovered:"):  # it tells of what was, and a person has seen it
+            if key.startswith(("recovered:", "lost:")):  # it tells of what was, and a person has seen it
                 self.alarms.clear(key, order.at)
-        if not done:
-            return _no(f"there is no alarm {key!r}", "`trigger-daemon alarms list` names them")
-        return {"ok": True, "acked": done, "text": f"{len(done)} acknowledged; they stand until their cause is gone"}
+        if not done and not own:
+            words = "no alarm stands" if key in ("", "all") else f"there is no alarm {key!r}"
+            return _no(words, "`trigger-daemon alarms list` names them")
+        done += own
+        words = f"{len(done)} acknowledged; they stand until their cause is gone"
+        if own:
+            words += f" ({', '.join(own)}: until the daemon ends, as the journal does not have them)"
+        return {"ok": True, "acked": done, "text": words}
 
     def _rules_apply(self, order: Order) -> dict[str, Any]:
         if self._offered is None:
@@ -1005,6 +1208,9 @@ class Engine:
         captures = patterns.captures_of(rule, below)
         if captures is None:
             stage, words = patterns.why_not(rule, below)
+            if assembly.markers is not None and (marker := assembly.markers.get(below)) is not None:
+                settles = f"seen unchanged for less than {assembly.markers.quiescence_s:g} s"
+                words += f"; {marker.why or (settles if marker.stage == SETTLING else 'it is complete')}"
             return {"stage": stage, "because": words, "until_time": None}
         member = assembly.settling.get(below)
         spec = rule.batch
@@ -1086,13 +1292,14 @@ class Engine:
     def _waiting(self, order: Order) -> dict[str, Any]:
         ids = order.args.get("ids", ())
         runs = {str(n): self._run_words(self.runs.open[n]) for n in _numbers(ids) if n in self.runs.open}
-        return {"ok": True, "runs": runs}
+        return {"ok": True, "runs": runs, "waits": self.runs.waits() if order.args.get("grouped") else None}
 
     def _run_words(self, run: Run) -> dict[str, Any]:
         return {
             "waiting_for": self.runs.waiting_for(run),
+            "next_time": self.runs.next_time(run),
             "error": run.error,
-            "hint": run.hint,
+            "hint": self.runs.hint_of(run),
             "files_done": run.files_done,
             "bytes_done": run.bytes_done,
         }
@@ -1115,7 +1322,7 @@ class Engine:
                     f"{counted(len(members), 'file')} of {assembly.rule.name} {words},"
                     f" the first: {first.path}: {first.why}",
                     f"`trigger-daemon files list --stage {'blocked' if kind == 'blocked' else 'incomplete'}`, "
-                    "then `files go` or `files skip`",
+                    "then `files go PATH` (send it as it is) or `files skip PATH` (never send it)",
                     at,
                 )
 
@@ -1160,6 +1367,7 @@ class Engine:
                 for n, h in self.root_health.items()
             ],
             "sweeps_held": self._holding,
+            "reclaim": {**self.reclaims.words(), "held": self.reclaim_held, "witnessed_s": self.witnessed(self._now)},
             "destinations_down": {name: down.why for name, down in self.runs.down.items()},
             "working": [
                 {
@@ -1187,6 +1395,7 @@ class Engine:
         settling = assembly.settling.count - complete - batched[assembly.settling] - stages["blocked"]
         return {
             "name": rule.name,
+            "action": rule.action,
             "state": "paused" if rule.name in self.runs.paused_rules else "active",
             "settling": max(settling, 0),
             "complete": complete,
@@ -1237,6 +1446,7 @@ _ORDERS: dict[str, Callable[[Engine, Order], dict[str, Any]]] = {
     "resume": Engine._resume,
     "rules.pause": Engine._rules_pause,
     "rules.resume": Engine._rules_resume,
+    "rules.waive": Engine._rules_waive,
     "rules.apply": Engine._rules_apply,
     "batches.close": Engine._batches_close,
     "batches.list": Engine._batches_list,

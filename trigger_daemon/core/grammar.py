@@ -6,8 +6,9 @@ them and knows file, line and column; this module knows only values.
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +25,9 @@ _SIZE = re.compile(rf"{_NUMBER}\s*({'|'.join(SIZE_UNITS)})")
 _PERCENT = re.compile(rf"{_NUMBER}\s*%")
 _RATE = re.compile(rf"{_NUMBER}\s*({'|'.join([*SIZE_UNITS, *BIT_UNITS])})/s")
 
-Kind = Literal["text", "int", "bool", "size", "rate", "duration", "percent", "enum", "texts", "ints", "map"]
+Kind = Literal[
+    "text", "int", "bool", "size", "rate", "duration", "percent", "enum", "texts", "ints", "list", "map", "uuid"
+]
 
 
 def duration_s(text: str) -> float:
@@ -61,14 +64,25 @@ def percentage(text: str) -> float:
     return float(found[1]) / 100
 
 
+def nearest(word: str, known: Collection[str], noun: str = "") -> str:
+    """Return a hint for a word nobody knows: the nearest one, or all."""
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+    if close:
+        return f"did you mean `{close[0]}`?"
+    if not known:
+        return f"there is no {noun or 'other'} at all"
+    shown = sorted(known)
+    return f"known are: {', '.join(shown[:20])}{', ...' if len(shown) > 20 else ''}"
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option of an action or a check.
 
     `kind` text, int, bool, size (bytes), rate (bytes/s), duration (s), percent
     (a ratio), enum (one of `choices`; int and duration take these words, too),
-    texts (one string or a list of strings), ints (one number or a list), map
-    (string keys, any values). `template`: strings in it may hold {captures}.
+    texts (one string or a list of strings), ints (one number or a list), list
+    (any values), map (string keys, any values). `template`: strings in it may hold {captures}.
     `null` is accepted where `default` is None and the option is not required.
     """
 
@@ -86,8 +100,20 @@ Options = Mapping[str, Option]
 
 @dataclass(frozen=True, slots=True)
 class OptionFault(Exception):
-    """An option's value is wrong; `option` names it ('' for the whole)."""
+    """An option's value is wrong; `option` names it ('' for the whole, `poll.url` for one key of a mapping).
+
+    Several are raised as an ExceptionGroup.
+    """
 
     option: str
     message: str
     hint: str = field(default="")
+
+
+def raise_all(faults: Iterable[OptionFault]) -> None:
+    """Raise what is wrong, if anything is: a person mends it all at once."""
+    several = tuple(faults)
+    if len(several) == 1:
+        raise several[0]
+    if several:
+        raise ExceptionGroup("options", several)

@@ -26,6 +26,7 @@ class Event(StrEnum):
     RETRY = "an operator retries"
     REJOIN = "an operator retries, and the attempt is still under way"
     REFIND = "an operator retries, and the attempt is still looked for"
+    REPROVE = "an operator retries, and only the proof is missing"
     ABANDON = "an operator abandons"
     CANCEL = "an operator cancels"
     CANCELLED = "the provider confirms the end"
@@ -46,6 +47,7 @@ _TABLE: dict[Event, tuple[tuple[tuple[S, ...], S], ...]] = {
     Event.RETRY: (((S.HELD,), S.PENDING),),
     Event.REJOIN: (((S.HELD,), S.ACTIVE),),
     Event.REFIND: (((S.HELD,), S.STARTING),),
+    Event.REPROVE: (((S.HELD,), S.SUCCEEDED),),
     Event.ABANDON: (((S.HELD,), S.ABANDONED),),
     Event.CANCEL: (((S.PENDING, S.STARTING, S.ACTIVE, S.INACTIVE, S.HELD), S.CANCELLING),),
     Event.CANCELLED: (((S.CANCELLING,), S.CANCELLED),),

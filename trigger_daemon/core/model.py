@@ -43,6 +43,10 @@ RELEASED = 2**41  # was in this batch, which left it out
 UNKNOWN = "unknown:"  # plus a UTC second: what a recovered journal says of files that were there before then
 CLAIM_UNKNOWN = -5  # there before the journal was recovered, which does not know whether it was sent
 
+# Room above a reserve that no file is begun in: for directories, inodes and files too small to be allocated. Of 8
+# copies at once; xfs sets aside some 100 kB for each change of a directory that is under way.
+RECORDS_BYTES = 2 * 2**20
+
 Cause = Literal["hint", "deadline", "sweep"]
 Signal = Literal["none", "close", "rename"]
 Health = Literal["ok", "degraded", "suspect", "lost", "returned"]
@@ -327,13 +331,34 @@ class RulesOffered:
 
 @dataclass(frozen=True, slots=True)
 class Gauged:
-    """A reading of one volume."""
+    """A reading of one volume, begun at `at`."""
 
     volume: str
     free_bytes: int
     total_bytes: int
     at: float
     free_inodes: int = -1
+    inodes: int = 0  # 0: the file system has no such limit
+    error: str = ""  # why it could not be read; then nothing else is told
+    away: str = ""  # what to do about it: its mount is gone, and what lies beneath is another disk
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """Where the volumes lie: every mount point, with the volume it belongs to, '' for none."""
+
+    table: Mapping[str, str]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pressed:
+    """What the machine is doing: loads as ratios (None: not to be had), which of the named processes run."""
+
+    cpu: float | None
+    io: float | None
+    processes: tuple[str, ...]
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +368,80 @@ class Vanished:
     root: int
     dir: str
     names: tuple[str, ...] | None
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimFile:
+    """A file version that reclaim takes away, and the name that it has until then."""
+
+    root: int
+    path: str
+    state: State
+    hidden: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimSet:
+    """Files that go together or not at all, and what proves each of them elsewhere: JSON, for people."""
+
+    rule: int
+    run: int  # that took them
+    files: tuple[ReclaimFile, ...]
+    proofs: Sequence[Mapping[str, Any]] = ()
+    due_always: bool = False  # `only_under: always`
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.state[0] for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """Sets that could go, the oldest first. `why`: why they could not be looked for."""
+
+    sets: tuple[ReclaimSet, ...]
+    rules_at: int
+    at: float
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What a phase of `Remove` did. `places` empty: it has not come back yet."""
+
+    id: int
+    phase: Literal["aside", "gone", "back"]
+    ok: bool
+    places: tuple[str, ...]
+    why: str
+    hint: str
+    at: float
+    kept: tuple[tuple[str, str], ...] = ()  # absolute: the name that is taken, where its old file is now
+
+
+@dataclass(frozen=True, slots=True)
+class LookedBack:
+    """The runs of a rule that ended well, as far as the journal knows: the newest of each group, the newest first.
+
+    `thinned`: how many there are of which nobody can say any more what they were about. `why`: it could not be read.
+    """
+
+    ask: int
+    rule: int
+    runs: Sequence[tuple[int, Mapping[str, str]]]  # number, captures
+    thinned: int
+    at: float
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Troubled:
+    """An edge of ours has a lasting trouble that a person should know of; an empty `what` ends it."""
+
+    key: str  # of the alarm
+    what: str
+    hint: str
     at: float
 
 
@@ -366,6 +465,12 @@ Fact = (
     | Order
     | RulesOffered
     | Gauged
+    | Mounted
+    | Pressed
+    | Selected
+    | Removed
+    | LookedBack
+    | Troubled
 )
 
 
@@ -465,12 +570,13 @@ class AttemptChanged:
 
 @dataclass(frozen=True, slots=True)
 class ProofKept:
-    """Record: the proof of an attempt."""
+    """Record: the proof of an attempt. `witnessed`: the engine's age then, in seconds; `keep_for` counts by it."""
 
     run: int
     attempt: int
     members: Sequence[Mapping[str, Any]]
     time: float
+    witnessed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,8 +590,10 @@ class BaselineSet:
 class GroupSet:
     """Record: a durable mark on a rule's group.
 
-    `kind`: taken (`only_first` closed), succeeded (for `after`), at (last
-    `batch.at`), late (a companion that a file went without is looked for).
+    `kind`: taken (`only_first` closed), succeeded (for `after`), followed (its
+    successes are remembered by these captures, a JSON list; `batch`: how many
+    older ones are thinned too far to tell), at (last `batch.at`), late (a
+    companion that a file went without is looked for).
     """
 
     rule: int
@@ -551,6 +659,16 @@ class Ordered:
 
 
 @dataclass(frozen=True, slots=True)
+class Renewed:
+    """Record: from now on a run is to do what its rule says now."""
+
+    run: int
+    request: Mapping[str, Any]
+    destination: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
 class Released:
     """Record: a run left these files out: gone, or another version. Should one come back as it was, it is wanted.
 
@@ -582,8 +700,31 @@ class ClaimsCarried:
     to_root: int
 
 
+@dataclass(frozen=True, slots=True)
+class ReclaimIntended:
+    """Record: a set is to be taken away."""
+
+    id: int
+    of: ReclaimSet
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimMoved:
+    """Record: confirmed (all are aside, and proved still), or how it ended: done, kept."""
+
+    id: int
+    state: Literal["confirmed", "done", "kept"]
+    because: str
+    places: tuple[str, ...]  # of its files, in their order; '' while nobody knows
+    time: float
+
+
 RECORDS = (
+    ReclaimIntended,
+    ReclaimMoved,
     ClaimsCarried,
+    Renewed,
     Released,
     Forgotten,
     BatchClosed,
@@ -665,11 +806,15 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Find:
-    """The answer to `Start` was lost: look for the attempt, or repeat it identically."""
+    """The answer to `Start` was lost: look for the attempt, or repeat it identically.
+
+    Without `start` nobody wants it any more: it is looked for, so that it can be ended, and never begun.
+    """
 
     run: int
     attempt: int
     prepared: Any
+    start: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -717,8 +862,54 @@ class Log:
     level: Literal["info", "warning", "error"] = "info"
 
 
+@dataclass(frozen=True, slots=True)
+class Throttled:
+    """What of ours must stand still, or go slowly, from now on."""
+
+    paused: str  # why nothing may work, '' if it may
+    bandwidth: int | None  # bytes per second for all copies together
+    stopped: Mapping[str, str]  # volume -> why nothing may be written there
+    often: bool = False  # a condition comes and goes: not each time is worth a line
+
+
+@dataclass(frozen=True, slots=True)
+class OnCritical:
+    """Run the settings' command for a volume that has become critical."""
+
+    volume: str
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Look for sets of these rules that could go, the oldest first; `Selected` answers with the same `rules_at`."""
+
+    rules: tuple[str, ...]
+    wanted_bytes: int | None  # enough then; None: as many as one answer holds
+    rules_at: int
+    skipped: frozenset[tuple[int, str]] = frozenset()  # first files (root, path) of sets that are left alone for now
+
+
+@dataclass(frozen=True, slots=True)
+class LookBack:
+    """Ask the journal for a rule's runs that ended well; `LookedBack` answers with the same `ask`."""
+
+    ask: int
+    rule: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Do one phase of taking a set away, `aside` and `gone` only if it is proved still; answered by `Removed`."""
+
+    id: int
+    phase: Literal["aside", "gone", "back"]
+    of: ReclaimSet
+
+
 Effect = (
     ClaimsCarried
+    | Renewed
     | Released
     | Forgotten
     | BatchClosed
@@ -750,4 +941,11 @@ Effect = (
     | Answer
     | UseRules
     | Log
+    | Throttled
+    | OnCritical
+    | ReclaimIntended
+    | ReclaimMoved
+    | Select
+    | LookBack
+    | Remove
 )

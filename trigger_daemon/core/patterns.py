@@ -20,11 +20,11 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from trigger_daemon.core.regexes import PatternError, end_of, vet
-from trigger_daemon.core.rules import BUILT_IN_IGNORES, Rule
+from trigger_daemon.core.rules import BUILT_IN_IGNORES, CANARY, HIDDEN, Rule
 from trigger_daemon.core.templates import literally, render, render_all, template_names, wants_number
 
 Case = Literal["exact", "fold"]
@@ -39,6 +39,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WILD = frozenset({"star", "plus", "var", "re", "dirs", "any"})
 _WITHIN = frozenset({"star", "plus", "var"})  # any text without "/"
 _NONE: tuple[int, ...] = ()
+_OURS = (f"{HIDDEN}*", f"{CANARY}*")  # ignored also where a rule drops the built-in patterns
 
 
 class _Token(NamedTuple):
@@ -369,6 +370,13 @@ class Pattern:
         blanks = {"one": fill[:1], "star": fill, "plus": fill, "var": fill, "back": fill, "dirs": "", "any": fill}
         return "".join(blanks.get(token.kind, token.text) for token in self._tokens)
 
+    def filled(self, captures: Mapping[str, str]) -> str:
+        """Return the pattern as it is written, but with the values of those captures that have one."""
+        ends = [*(token.offset for token in self._tokens[1:]), len(self.text)]
+        written = (self.text[token.offset : end] for token, end in zip(self._tokens, ends, strict=True))
+        named = (captures.get(token.text) if token.kind in ("var", "re", "back") else None for token in self._tokens)
+        return "".join(text if value is None else value for text, value in zip(written, named, strict=True))
+
     def plain_wildcard(self) -> _Token | None:
         """Return the first piece that is neither literal nor a plain capture: with it no path is determined."""
         return next((t for t in self._tokens if t.kind not in ("lit", "sep", "var", "back")), None)
@@ -546,7 +554,7 @@ def _names(patterns: tuple[Pattern, ...]) -> _Names:
 
 @functools.lru_cache(maxsize=COMPILED_MAX)
 def _ignore(patterns: tuple[str, ...], case: Case) -> Ignore:
-    return Ignore(patterns, case)
+    return Ignore(patterns if ".*" in patterns else (*patterns, *_OURS), case)
 
 
 # ----------------------------------------------------------------- a root's rules
@@ -764,7 +772,7 @@ def why_not(rule: Rule, path: str) -> tuple[Literal["unmatched", "ignored", "mat
     """Say in words why a rule does not want a path, for `explain`; ("matched", pattern) if it does."""
     ignored = _ignore(rule.ignore, rule.case).ignores(path)
     if ignored is not None:
-        by_whom = "built in" if ignored in BUILT_IN_IGNORES else "of this rule"
+        by_whom = "built in" if ignored in (*BUILT_IN_IGNORES, *_OURS) else "of this rule"
         return "ignored", f"ignored by the pattern `{ignored}` ({by_whom})"
     best = (-1, "")
     for text in rule.match:
@@ -776,6 +784,8 @@ def why_not(rule: Rule, path: str) -> tuple[Literal["unmatched", "ignored", "mat
         fits, words = pattern.explain(path)
         if fits > best[0]:
             best = (fits, f"{words} of `{text}`" if "fit" in words else f"{words} (`{text}`)")
+    if rule.batch and (mark := rule.batch.close_on) and compiled(mark.file, rule.case).match(path) is not None:
+        return "unmatched", "a marker of this rule (close_on): it closes the batches that it belongs to"
     others = len(rule.match) - 1
     return "unmatched", best[1] + (f"; nor do {others} other patterns fit" if others else "")
 

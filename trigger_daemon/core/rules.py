@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 BUILT_IN_IGNORES = (".*", "*.tmp", "*.part", "*.partial", "*downloading", ".*.??????")
+HIDDEN = ".trigger-daemon-reclaim-"  # what reclaim takes away is called so meanwhile; no rule ever wants it
+CANARY = ".trigger-daemon-doctor-"  # what `doctor` writes to see whether it is heard of, and removes; neither this
 
 CheckSpec = tuple[str, Mapping[str, Any]]  # name of the check, its options
 
@@ -60,6 +62,7 @@ class Batch:
     only_first: int | None = None
     new_group_after_s: float | None = None
     at: tuple[str, ...] = ()  # "HH:MM", in the settings' time zone
+    files_max: int | None = None  # that the action takes at once, whatever else is said
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trigger_daemon.core.model import RunState
+from trigger_daemon.core.model import ReclaimSet, RunState
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,14 @@ class SavedAlarm(NamedTuple):
     acked_by: str | None
 
 
+class SavedReclaim(NamedTuple):
+    """A set that was being taken away. `confirmed`: all of it was aside, and proved."""
+
+    id: int
+    confirmed: bool
+    of: ReclaimSet
+
+
 class Count(NamedTuple):
     """Runs in one state, and what their batches hold."""
 
@@ -92,3 +100,5 @@ class Saved:
     tally: Mapping[tuple[int, str], Count] = field(default_factory=dict)  # (rule, state)
     rules: Mapping[int, str] = field(default_factory=dict)  # id -> name, rules that are gone included
     roots: Mapping[int, str] = field(default_factory=dict)  # id -> absolute path
+    reclaims: tuple[SavedReclaim, ...] = ()
+    last_reclaim: int = 0

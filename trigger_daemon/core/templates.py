@@ -49,6 +49,11 @@ def _template(text: str) -> tuple[str | tuple[str, bool], ...]:
     return tuple(pieces)
 
 
+def pieces(text: str) -> tuple[str | tuple[str, bool], ...]:
+    """Return literal texts and (name, whether a number is wanted), in order; raise PatternError for no template."""
+    return _template(text)
+
+
 def template_names(text: str) -> tuple[str, ...]:
     """Return the names a template uses, each once; raise PatternError if it is none."""
     return tuple(dict.fromkeys(piece[0] for piece in _template(text) if not isinstance(piece, str)))

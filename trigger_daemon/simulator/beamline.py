@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import struct
 from collections.abc import Collection
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def cbf_image(
     direct: bool = False,
     chunk_s: float = 0.0,
     stop_after: int | None = None,
+    spots: int | None = None,
     odd: str = "",
     arrives: bool = True,
 ) -> Written:
@@ -34,9 +36,13 @@ def cbf_image(
 
     `direct`: under its own name, in chunks of 64 KiB, `chunk_s` apart;
     `stop_after`: the writer ends for good after so many of them. The payload
-    is a true byte-offset compression, of one byte a pixel.
+    is a true byte-offset compression, of one byte a pixel; with `spots` it is
+    an image: a faint background, and so many bright pixels, seven apart.
     """
-    payload = random.Random(seed).randbytes(width * height).replace(b"\x80", b"\0")  # 0x80 begins a longer step
+    if spots is None:
+        payload = random.Random(seed).randbytes(width * height).replace(b"\x80", b"\0")  # 0x80 begins a longer step
+    else:
+        payload = _compressed(_image(width, height, spots, random.Random(seed)))
     header = _cbf_header(path.stem, payload, width, height, number)
     tail = bytes(4095) + b"\r\n--CIF-BINARY-FORMAT-SECTION----\r\n;\r\n\r\n"
     if direct:
@@ -54,6 +60,29 @@ def cbf_image(
     os.rename(temporary, path)
     pause(0.0)
     return written(path, "image", odd, arrives=arrives)
+
+
+def _image(width: int, height: int, spots: int, luck: random.Random) -> list[int]:
+    """Return the counts of an image, row by row."""
+    counts = [byte % 4 for byte in luck.randbytes(width * height)]
+    places = [(row, column) for row in range(3, height, 7) for column in range(3, width, 7)]
+    for row, column in luck.sample(places, spots):
+        counts[row * width + column] = luck.choice((100, 1_000, 100_000))
+    return counts
+
+
+def _compressed(counts: list[int]) -> bytes:
+    """Return counts as byte offsets: the step from the one before, in one byte, or after 0x80 in two, or in four."""
+    found, before = bytearray(), 0
+    for count in counts:
+        step, before = count - before, count
+        if abs(step) < 2**7:
+            found += struct.pack("<b", step)
+        elif abs(step) < 2**15:
+            found += struct.pack("<Bh", 0x80, step)
+        else:
+            found += struct.pack("<Bhi", 0x80, -(2**15), step)
+    return bytes(found)
 
 
 def _cbf_header(name: str, payload: bytes, width: int, height: int, number: int) -> bytes:

@@ -13,8 +13,6 @@ from typing import Literal
 from trigger_daemon.simulator.files import Pause, Written, small_file, writing, written
 from trigger_daemon.simulator.movies import tiff_movie
 
-RAW_BYTES = 64 * 2**10  # of one write of a raw stack
-
 
 def light_sheet(
     directory: Path,

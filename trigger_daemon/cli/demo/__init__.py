@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trigger_daemon.cli import text
-from trigger_daemon.cli.commands import FAILURE, OK, Command, Setup, pass_setup
+from trigger_daemon.cli.commands import FAILURE, FILE_PATH, OK, Command, Setup, pass_setup
 from trigger_daemon.cli.place import FILE_VARIABLE
 from trigger_daemon.errors import TriggerError
 
@@ -35,7 +35,7 @@ LOOK_S = 0.25  # between two looks at everything
 
 @click.command(cls=Command)
 @click.option(
-    "--dir", "wanted", type=click.Path(path_type=Path), metavar="DIR",
+    "--dir", "wanted", type=FILE_PATH, metavar="DIR",
     help="Work in this directory, which must be absent or empty, instead of a temporary one.",
 )  # fmt: skip
 @click.option("--keep", is_flag=True, help="Leave everything there at the end, to look around with the other commands.")
