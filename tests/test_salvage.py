@@ -312,7 +312,11 @@ def test_what_a_run_left_out_is_not_claimed_by_a_recovery(stage: Stage) -> None:
     [
         "UPDATE kept SET value = '{' || value", "UPDATE batch SET manifest = '[' || manifest",
         "UPDATE batch SET request = 'x' || request", "UPDATE batch SET captures = '['",
-        "UPDATE run SET state = 'PENDIMG'",
+        "UPDATE run SET state = 'PENDIMG'", "UPDATE rule_set SET source = '{' || source",
+        "UPDATE rule_set SET source = replace(source, 'file', 'fike')",
+        "UPDATE batch SET manifest = replace(manifest, '[[1,', '[[3,')",
+        "UPDATE batch SET manifest = replace(manifest, '[[1,', '[[1e400,')",
+        "UPDATE batch SET manifest = replace(manifest, '.tif', '.t\\ud800')",
     ],
 )  # fmt: skip
 def test_a_text_that_cannot_be_read_is_damage(stage: Stage, damage_: str) -> None:

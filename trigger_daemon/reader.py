@@ -606,6 +606,17 @@ def members_of(manifest: str) -> tuple[Member, ...]:
     return tuple(Member(*row) for row in from_json(manifest))
 
 
+def texts_of(source: str | None) -> list[tuple[str, str]]:
+    """Return the file names and texts of a rule set's JSON; raises ValueError where it is none."""
+    items = from_json(source)
+    texts = [
+        (item["file"], item["text"]) for item in items if isinstance(item, dict) and {"file", "text"} <= item.keys()
+    ]
+    if len(texts) != len(items) or not all(isinstance(words, str) for text in texts for words in text):
+        raise ValueError("it names no file and text")
+    return texts
+
+
 # -------------------------------------------------------------------------- check
 
 
@@ -626,12 +637,18 @@ def _text_faults(sql: sqlite3.Connection) -> list[str]:
         "the request of batch {0}": "SELECT batch.id, request FROM batch JOIN run USING (id) WHERE final = 0",
         "the group of batch {0}": "SELECT batch.id, captures FROM batch JOIN run USING (id) WHERE final = 0",
         "what run {0} waits for": "SELECT id, waits_on FROM run WHERE final = 0 AND waits_on IS NOT NULL",
+        "rule set {0}": "SELECT id, source FROM rule_set ORDER BY id DESC LIMIT 1",
     }
+    if sql.execute("SELECT 1 FROM sqlite_master WHERE name = 'reclaim'").fetchone():  # not in the first schema
+        questions["the proofs of reclaim {0}"] = (
+            "SELECT id, proofs FROM reclaim WHERE state IN ('intended', 'confirmed')"
+        )
     faults = []
     for words, question in questions.items():
+        read = texts_of if "rule_set" in question else from_json
         for key, text in sql.execute(question):
             try:
-                from_json(from_text(text) if text is not None else None)
+                read(from_text(text) if text is not None else None)
             except (ValueError, TypeError) as error:
                 faults.append(f"{words.format(key)} cannot be read: {error}")
     known = ", ".join(f"'{state}'" for state in RunState)

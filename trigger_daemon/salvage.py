@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trigger_daemon.core.model import CLAIM_UNKNOWN, RELEASED, RIDER, UNKNOWN, RunState
+from trigger_daemon.core.model import CLAIM_UNKNOWN, RELEASED, RIDER, UNKNOWN, Member, RunState
 from trigger_daemon.core.rules import Rule
 from trigger_daemon.database import (
     FILE_MODE,
@@ -38,7 +38,7 @@ from trigger_daemon.database import (
 from trigger_daemon.errors import JournalError, JournalIo
 from trigger_daemon.failpoints import fail_point
 from trigger_daemon.journal import WITNESS, make_tables, sync_directory
-from trigger_daemon.reader import faults_of, members_of
+from trigger_daemon.reader import faults_of, members_of, texts_of
 
 ASIDE = "journal.damaged-"  # plus when; directories beside the journal
 NEW = "journal.recovered"
@@ -325,10 +325,16 @@ def _drop_unreadable(sql: sqlite3.Connection) -> None:
         ("run", "id", "output", "UPDATE run SET output = NULL WHERE id = ?"),
         ("attempt", "run", "prepared", "DELETE FROM attempt WHERE run = ?"),
         ("attempt", "run", "handle", "UPDATE attempt SET handle = NULL WHERE run = ?"),
+        ("run", "id", "waits_on", "UPDATE run SET waits_on = NULL WHERE id = ?"),
+        ("proof", "run", "members", "DELETE FROM proof WHERE run = ?"),
+        ("reclaim", "id", "proofs", "UPDATE reclaim SET proofs = '[]' WHERE id = ?"),
+        ("rule_set", "id", "source", "DELETE FROM rule_set WHERE id = ?"),
+        ("ordered", "id", "args", "DELETE FROM ordered WHERE id = ?"),
+        ("ordered", "id", "answer", "DELETE FROM ordered WHERE id = ?"),
     ):
         for which, text in sql.execute(f"SELECT {key}, {column} FROM {table} WHERE {column} IS NOT NULL").fetchall():
             try:
-                from_json(from_text(text))
+                (texts_of if table == "rule_set" else from_json)(from_text(text))
             except (ValueError, TypeError):
                 sql.execute(change, (which,))
     known = ", ".join(f"'{state}'" for state in RunState)
@@ -353,18 +359,16 @@ def _name_rules(sql: sqlite3.Connection) -> None:
 
 
 def _claim_by_manifests(sql: sqlite3.Connection) -> None:
-    """Make the claims that manifests tell of, and let go of manifests that cannot be read."""
+    """Make the claims that manifests tell of, and let go of manifests that cannot be read or name what is not there."""
+    roots = {root for (root,) in sql.execute("SELECT id FROM root")}
     for batch, rule, files, text in sql.execute(
         "SELECT id, rule, files, manifest FROM batch WHERE manifest IS NOT NULL"
     ).fetchall():
-        try:
-            members = members_of(text)
-            whole = len(members) == files
-        except (ValueError, TypeError):
-            members, whole = (), False
-        if not whole:
+        members = _read_members(text)
+        known = [member for member in members if member.root in roots]
+        if len(known) != files or len(members) != files:
             sql.execute("UPDATE batch SET manifest = NULL WHERE id = ?", (batch,))
-        for member in members:
+        for member in known:
             sql.execute("INSERT OR IGNORE INTO dir (root, path) VALUES (?, ?)", (member.root, to_name(member.dir)))
             sql.execute(
                 "INSERT OR IGNORE INTO claim (dir, name, rule, size, mtime_ns, batch)"
@@ -376,6 +380,22 @@ def _claim_by_manifests(sql: sqlite3.Connection) -> None:
                 ),
             )  # fmt: skip
     sql.execute("DELETE FROM dir WHERE root NOT IN (SELECT id FROM root)")
+
+
+def _read_members(text: str) -> tuple[Member, ...]:
+    """Return a manifest's members; none where one of them could not have been written by a daemon."""
+    try:
+        members = members_of(text)
+        for member in members:
+            to_name(member.path)
+            for number in (member.root, member.size, member.mtime_ns):
+                if not isinstance(number, int):
+                    raise TypeError(number)
+            if not 0 <= member.size < 2**63:
+                raise ValueError(member.size)
+    except (ValueError, TypeError, AttributeError):
+        return ()
+    return members
 
 
 def _begin_with_care(
