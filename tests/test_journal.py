@@ -1154,7 +1154,7 @@ def histories(draw: st.DrawFn) -> list[list[Effect]]:
                 case "alarm":
                     records.append(draw(st.sampled_from([AlarmRaised("k", "w", "h", 1.0), AlarmCleared("k", 2.0)])))
                 case "rules":
-                    records.append(RulesAccepted(["x"], 1.0))
+                    records.append(RulesAccepted([{"file": "x", "text": ""}], 1.0))
                 case "mark":
                     records.append(GroupSet(1, draw(st.sampled_from(["{}", "x"])), "taken", 1, 1.0))
         if records:
