@@ -969,7 +969,8 @@ class Life:
         paths = {one.watch for one in rules} | {c.root for one in rules for c in one.complete.companions}
         roots = {path: self.journal.root_id(path) for path in sorted(paths)}
         self._root_paths.update({number: path for path, number in roots.items()})
-        return model.RulesOffered(numbered, roots, [{"file": one.name, "text": ""} for one in rules], self.world.clock.at)
+        source = [{"file": one.name, "text": ""} for one in rules]
+        return model.RulesOffered(numbered, roots, source, self.world.clock.at)
 
     # -------------------------------------------------------------- the inbox
 
