@@ -909,13 +909,14 @@ def test_every_claim_of_a_path_is_told(state_dir: Path, journal: Journal) -> Non
 def test_status_reads_counts_alarms_and_rules(state_dir: Path, journal: Journal) -> None:
     """Counts come without reading history; alarms only while open; the rule set in force is the last accepted."""
     journal.append([*finished(1, at=10.0), batch(2), batch(3, rule=2), AlarmRaised("x", "what", "do", 5.0)])
-    journal.append([AlarmRaised("x", "what now", "do", 6.0), RulesAccepted(["r"], 7.0), BaselineSet(1, 1, 8.0)])
+    accepted = RulesAccepted([{"file": "r", "text": "rules: []"}], 7.0)
+    journal.append([AlarmRaised("x", "what now", "do", 6.0), accepted, BaselineSet(1, 1, 8.0)])
     journal.append([Ordered(4, "pause", {"all": True}, "ana", "beam", {"ok": True}, 9.0)])
     ask = Reader(state_dir)
 
     assert ask.tally() == {"a": {"PENDING": (1, 1, 10), "VERIFIED": (1, 1, 10)}, "b": {"PENDING": (1, 1, 10)}}
     assert [(alarm["what"], alarm["since_time"]) for alarm in ask.open_alarms()] == [("what now", 5.0)]
-    assert (ask.rules_source(), ask.rules_time(), ask.version) == (["r"], 7.0, journal_module.SCHEMA)
+    assert (ask.rule_texts(), ask.rules_time(), ask.version) == ([("r", "rules: []")], 7.0, journal_module.SCHEMA)
     assert ask.baselines() == {("a", "/data"): 8.0}
     assert ask.orders()[0]["who"] == "ana"
 

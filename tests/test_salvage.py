@@ -330,6 +330,9 @@ def test_a_text_that_cannot_be_read_is_damage(stage: Stage, damage_: str) -> Non
         sql.execute("INSERT OR REPLACE INTO kept VALUES ('k', '1')")
         sql.execute("UPDATE run SET state = 'HELD', final = 0 WHERE id = 1")
         sql.execute(damage_)
+    if "rule_set" in damage_ or "kept" in damage_:
+        with pytest.raises(JournalDamaged, match="nobody wrote"), closing(Journal.open(stage.site.state)) as refused:
+            refused.load()
     told = salvage(stage.site.state, rules_of(stage), (), NOW)
 
     assert told.problems and told.batches

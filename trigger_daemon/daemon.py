@@ -41,7 +41,7 @@ from trigger_daemon.metrics import Metrics
 from trigger_daemon.mqtt.asked import below
 from trigger_daemon.mqtt.spool import forget
 from trigger_daemon.rates import Rates
-from trigger_daemon.reader import Reader
+from trigger_daemon.reader import Reader, texts_of
 from trigger_daemon.reclaimer import Reclaimer
 from trigger_daemon.scanner import Scanner
 from trigger_daemon.systemd import Notifier
@@ -742,7 +742,7 @@ class Life:
 
     def _offer_saved_rules(self, source: Any) -> None:
         """The last accepted set is in force until the files on disk prove good."""
-        parsed = config.parse_rules([(item["file"], item["text"]) for item in source or ()])
+        parsed = config.parse_rules(texts_of(source or ()))
         rules = () if parsed.faults else parsed.rules
         self.inbox.post(self._offer(rules, list(source or ())))
 

@@ -82,7 +82,7 @@ from trigger_daemon.database import (
 from trigger_daemon.errors import JournalConflict, JournalDamaged, JournalError, JournalFull, JournalIo
 from trigger_daemon.failpoints import fail_point
 from trigger_daemon.mounts import mount_of, remote
-from trigger_daemon.reader import Reader, faults_of, members_of
+from trigger_daemon.reader import Reader, faults_of, members_of, texts_of
 
 __all__ = [
     "ClaimReader", "Claims", "Journal", "JournalConflict", "JournalError", "JournalFull", "JournalIo", "Reader",
@@ -518,6 +518,9 @@ class Journal:
                 self._write.execute("INSERT INTO program (version, time) VALUES (?, ?)", (__version__, time.time()))
             self._note_home()
             self._read = _open_for_reading(self.path)
+        except JournalDamaged:
+            self._write.close()
+            raise
         except sqlite3.Error as error:
             self._write.close()
             raise fault_of(error, self.path) from error
@@ -534,8 +537,11 @@ class Journal:
         except OSError:
             return
         known = self._write.execute("SELECT value FROM kept WHERE key = ?", (_HOME,)).fetchone()
-        if known is not None and from_json(known[0]) == seen:
-            return
+        try:
+            if known is not None and from_json(known[0]) == seen:
+                return
+        except (ValueError, TypeError) as error:
+            raise damaged(self.path, f"it holds what nobody wrote: {error}") from error
         put = "INSERT OR REPLACE INTO kept (key, value) VALUES (?, ?)"
         self._write.execute("BEGIN IMMEDIATE")
         self._write.execute(put, (_HOME, to_json(seen)))
@@ -1439,7 +1445,9 @@ def _load(read: sqlite3.Connection) -> Saved:
             )
         )
     runs.sort(key=lambda run: run.id)
-    source = read.execute("SELECT source FROM rule_set ORDER BY id DESC LIMIT 1").fetchone()
+    row = read.execute("SELECT source FROM rule_set ORDER BY id DESC LIMIT 1").fetchone()
+    source = from_json(row[0]) if row else None
+    texts_of(source or ())
     return Saved(
         last_batch=max(read.execute("SELECT coalesce(max(id), 0) FROM batch").fetchone()[0], _floor(read)),
         runs=tuple(runs),
@@ -1458,7 +1466,7 @@ def _load(read: sqlite3.Connection) -> Saved:
                 "SELECT key, what, hint, since_time, acked_time, acked_by FROM alarm WHERE cleared_time IS NULL"
             )
         ),
-        rules_source=from_json(source[0]) if source else None,
+        rules_source=source,
         tally={
             (rule, state): Count(count, files, size)
             for rule, state, count, files, size in read.execute("SELECT rule, state, runs, files, bytes FROM tally")

@@ -329,10 +329,10 @@ class Reader:
         """Return the path of every root that was ever watched."""
         return [from_name(path) for (path,) in self._ask(lambda sql: sql.execute("SELECT path FROM root").fetchall())]
 
-    def rules_source(self) -> Any:
-        """Return the rule set last accepted, [{"file", "text"}, ...], None before the first."""
+    def rule_texts(self) -> list[tuple[str, str]]:
+        """Return the files of the rule set last accepted, each its name and text; none before the first."""
         row = self._ask(lambda sql: sql.execute("SELECT source FROM rule_set ORDER BY id DESC LIMIT 1").fetchone())
-        return from_json(row[0]) if row else None
+        return texts_of(from_json(row[0])) if row else []
 
     def rules_time(self) -> float | None:
         """Return when the rule set in force was accepted."""
@@ -606,14 +606,14 @@ def members_of(manifest: str) -> tuple[Member, ...]:
     return tuple(Member(*row) for row in from_json(manifest))
 
 
-def texts_of(source: str | None) -> list[tuple[str, str]]:
-    """Return the file names and texts of a rule set's JSON; raises ValueError where it is none."""
-    items = from_json(source)
-    texts = [
-        (item["file"], item["text"]) for item in items if isinstance(item, dict) and {"file", "text"} <= item.keys()
-    ]
-    if len(texts) != len(items) or not all(isinstance(words, str) for text in texts for words in text):
-        raise ValueError("it names no file and text")
+def texts_of(source: Any) -> list[tuple[str, str]]:
+    """Return the file names and texts of a rule set as the journal keeps it; raises ValueError where it is none."""
+    try:
+        texts = [(item["file"], item["text"]) for item in source]
+    except (KeyError, TypeError):
+        texts = [(None, None)]
+    if not all(isinstance(word, str) for text in texts for word in text):
+        raise ValueError("it names no files with their texts")
     return texts
 
 
@@ -645,10 +645,11 @@ def _text_faults(sql: sqlite3.Connection) -> list[str]:
         )
     faults = []
     for words, question in questions.items():
-        read = texts_of if "rule_set" in question else from_json
         for key, text in sql.execute(question):
             try:
-                read(from_text(text) if text is not None else None)
+                value = from_json(from_text(text) if text is not None else None)
+                if "rule_set" in question:
+                    texts_of(value)
             except (ValueError, TypeError) as error:
                 faults.append(f"{words.format(key)} cannot be read: {error}")
     known = ", ".join(f"'{state}'" for state in RunState)

@@ -334,7 +334,9 @@ def _drop_unreadable(sql: sqlite3.Connection) -> None:
     ):
         for which, text in sql.execute(f"SELECT {key}, {column} FROM {table} WHERE {column} IS NOT NULL").fetchall():
             try:
-                (texts_of if table == "rule_set" else from_json)(from_text(text))
+                value = from_json(from_text(text))
+                if table == "rule_set":
+                    texts_of(value)
             except (ValueError, TypeError):
                 sql.execute(change, (which,))
     known = ", ".join(f"'{state}'" for state in RunState)
@@ -366,7 +368,7 @@ def _claim_by_manifests(sql: sqlite3.Connection) -> None:
     ).fetchall():
         members = _read_members(text)
         known = [member for member in members if member.root in roots]
-        if len(known) != files or len(members) != files:
+        if not len(known) == len(members) == files:
             sql.execute("UPDATE batch SET manifest = NULL WHERE id = ?", (batch,))
         for member in known:
             sql.execute("INSERT OR IGNORE INTO dir (root, path) VALUES (?, ?)", (member.root, to_name(member.dir)))
@@ -387,7 +389,7 @@ def _read_members(text: str) -> tuple[Member, ...]:
     try:
         members = members_of(text)
         for member in members:
-            to_name(member.path)
+            to_name(member.dir), to_name(member.name)
             for number in (member.root, member.size, member.mtime_ns):
                 if not isinstance(number, int):
                     raise TypeError(number)

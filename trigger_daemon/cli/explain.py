@@ -180,9 +180,8 @@ def _from_rules(reader: Reader, path: str) -> list[dict[str, Any]]:
     from trigger_daemon.config import parse_rules
     from trigger_daemon.core import patterns
 
-    source = reader.rules_source() or []
     found = []
-    for rule in parse_rules([(item["file"], item["text"]) for item in source]).rules:
+    for rule in parse_rules(reader.rule_texts()).rules:
         above = rule.watch.rstrip("/") + "/"
         if not path.startswith(above):
             continue
@@ -203,8 +202,7 @@ def _reclaim(setup: Setup, answers: Answers, beat: Mapping[str, Any] | None) -> 
     from trigger_daemon.cli.reclaim import of_file
     from trigger_daemon.config import parse_rules
 
-    source = setup.reader.rules_source() or []
-    rules = parse_rules([(item["file"], item["text"]) for item in source]).rules
+    rules = parse_rules(setup.reader.rule_texts()).rules
     return of_file(setup, rules, answers.path, runs, beat)
 
 

@@ -158,8 +158,7 @@ def _accepted(setup: Setup) -> tuple[Rule, ...]:
     """Return the rule set in force, from the journal."""
     from trigger_daemon.config import parse_rules
 
-    source = setup.reader.rules_source() or []
-    return parse_rules([(item["file"], item["text"]) for item in source]).rules
+    return parse_rules(setup.reader.rule_texts()).rules
 
 
 # --------------------------------------------------------------------------- show
