@@ -185,6 +185,37 @@ class Attempts:
         return self._context.bandwidth(), self._context.paused()
 
 
+class ByAttempts:
+    """The part of a provider that is its Attempts: request and attempt say all, nothing is prepared or looked up."""
+
+    _attempts: Attempts
+
+    def prepare(self, request: Request) -> Json:
+        return None
+
+    def start(self, request: Request, prepared: Json) -> Json:
+        return self._attempts.start(request)
+
+    def find(self, request: Request, prepared: Json) -> Json | None:
+        return self._attempts.find(request)
+
+    def poll(self, request: Request, handle: Json) -> Progress:
+        return self._attempts.poll(request)
+
+    def cancel(self, request: Request, handle: Json) -> None:
+        self._attempts.cancel(request)
+
+    def verify(self, request: Request, handle: Json) -> Proof | Differs | Unproven:
+        """Have both sides compared, by a worker."""
+        return self._attempts.verify(request)
+
+    def forget(self, run: int) -> None:
+        self._attempts.forget(run)
+
+    def close(self) -> None:
+        self._attempts.close()
+
+
 def refuse_twins(request: Request, url: Callable[[str], str]) -> None:
     """Raise Refused for two members with one target."""
     seen: dict[str, str] = {}

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trigger_daemon.actions import Context, Differs, File, Json, Progress, Proof, Refused, Request, Unproven
-from trigger_daemon.actions._attempts import Attempts, refuse_twins
+from trigger_daemon.actions import Context, File, Refused, Request
+from trigger_daemon.actions._attempts import Attempts, ByAttempts, refuse_twins
 from trigger_daemon.actions._lanes import lane_environment
 from trigger_daemon.actions._looked import Looked
 from trigger_daemon.actions._rclone_check import INSTALL, look, standing
@@ -26,7 +26,7 @@ RERUN_S = 10.0  # until one that cannot be told another rate may be begun again 
 OF_RUN = ("run-{}.worker", "run-{}.rclone", "run-{}.begun", "run-{}.rc")  # what is kept of a run
 
 
-class Action:
+class Action(ByAttempts):
     """The provider; see the module."""
 
     OPTIONS: Options = {
@@ -100,33 +100,6 @@ class Action:
         names = {to: to.removeprefix(target.url()).lstrip("/") for to in tos}
         there = standing(request.options, target, sorted(set(names.values())))
         return {to: (-1, 0) if name in there else None for to, name in names.items()}
-
-    # -------------------------------------------------------------------- attempts
-
-    def prepare(self, request: Request) -> Json:
-        return None
-
-    def start(self, request: Request, prepared: Json) -> Json:
-        return self._attempts.start(request)
-
-    def find(self, request: Request, prepared: Json) -> Json | None:
-        return self._attempts.find(request)
-
-    def poll(self, request: Request, handle: Json) -> Progress:
-        return self._attempts.poll(request)
-
-    def cancel(self, request: Request, handle: Json) -> None:
-        self._attempts.cancel(request)
-
-    def verify(self, request: Request, handle: Json) -> Proof | Differs | Unproven:
-        """Have the digests of both sides compared."""
-        return self._attempts.verify(request)
-
-    def forget(self, run: int) -> None:
-        self._attempts.forget(run)
-
-    def close(self) -> None:
-        self._attempts.close()
 
     # ---------------------------------------------------------------------- inside
 

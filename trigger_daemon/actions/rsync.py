@@ -15,8 +15,8 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trigger_daemon.actions import Context, Differs, File, Json, Progress, Proof, Refused, Request, Unproven
-from trigger_daemon.actions._attempts import Attempts, refuse_twins
+from trigger_daemon.actions import Context, File, Refused, Request
+from trigger_daemon.actions._attempts import Attempts, ByAttempts, refuse_twins
 from trigger_daemon.actions._copy_files import Trouble
 from trigger_daemon.actions._lanes import fault_of, lane_environment
 from trigger_daemon.actions._looked import Looked
@@ -30,7 +30,7 @@ RSYNC = "rsync"
 OF_RUN = ("run-{}.worker", "run-{}.rsync", "skeleton-{}", "phantom-{}")  # what is kept of a run
 
 
-class Action:
+class Action(ByAttempts):
     """The provider; see the module."""
 
     OPTIONS: Options = {
@@ -104,33 +104,6 @@ class Action:
             raise Refused(Fault("permanent", fault.message, fault.hint)) from None
         except Trouble as trouble:
             raise Refused(fault_of(trouble.fault())) from None
-
-    # -------------------------------------------------------------------- attempts
-
-    def prepare(self, request: Request) -> Json:
-        return None
-
-    def start(self, request: Request, prepared: Json) -> Json:
-        return self._attempts.start(request)
-
-    def find(self, request: Request, prepared: Json) -> Json | None:
-        return self._attempts.find(request)
-
-    def poll(self, request: Request, handle: Json) -> Progress:
-        return self._attempts.poll(request)
-
-    def cancel(self, request: Request, handle: Json) -> None:
-        self._attempts.cancel(request)
-
-    def verify(self, request: Request, handle: Json) -> Proof | Differs | Unproven:
-        """Have both sides read and compared."""
-        return self._attempts.verify(request)
-
-    def forget(self, run: int) -> None:
-        self._attempts.forget(run)
-
-    def close(self) -> None:
-        self._attempts.close()
 
     # ---------------------------------------------------------------------- inside
 
